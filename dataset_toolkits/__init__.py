@@ -1,0 +1,1 @@
+"""Command-line preparation of datasets, in TRELLIS's style."""

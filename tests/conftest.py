@@ -1,0 +1,45 @@
+"""Shared test helpers: GPU selection, and the optional reference material beside the checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REFERENCE_ROOT = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect `gpu` tests unless `-m` names them; asked for without a device they fail in their fixture."""
+    if "gpu" in (config.getoption("-m") or ""):
+        return
+    kept = [item for item in items if "gpu" not in item.keywords]
+    dropped = [item for item in items if "gpu" in item.keywords]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.fixture
+def cuda_device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.fail("this test was asked for with -m gpu and there is no CUDA device")
+    return "cuda"
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    path = REFERENCE_ROOT / "parity"
+    if not path.is_dir():
+        pytest.skip("the published network's fixtures are not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def anatomy_dir() -> Path:
+    path = REFERENCE_ROOT / "data"
+    if not path.is_dir():
+        pytest.skip("the label volumes for measurements are not beside this checkout")
+    return path

@@ -1,0 +1,1 @@
+"""Trainer and tokenizer for medical 3D shapes."""

@@ -1,0 +1,1 @@
+"""Pure geometry on arrays; no neural network."""

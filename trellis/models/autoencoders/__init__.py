@@ -1,0 +1,1 @@
+"""The sparse SDF autoencoder and its VQ-VAE."""

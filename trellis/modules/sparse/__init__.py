@@ -1,0 +1,1 @@
+"""Sparse tensors, levels and layers."""

@@ -1,0 +1,1 @@
+"""Submanifold convolution and its backends."""

@@ -1,0 +1,1 @@
+"""From shapes to tokens to meshes with one checkpoint."""

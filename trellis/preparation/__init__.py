@@ -1,0 +1,1 @@
+"""Shapes and volumes to a prepared dataset."""

@@ -1,0 +1,1 @@
+"""Helpers shared by geometry, data and training."""

@@ -1,0 +1,155 @@
+"""Files: atomic writes, hashes, and sparse SDF npz of schema 2 and 1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trellis.utils.blocks import BAND_VOXELS, SparseSDFBlocks, blocks_from_voxels
+
+SCHEMA_VERSION = 2
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Binary file that appears under `path` whole or not at all (written beside it, synced, then renamed)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is not JSON and is refused."""
+    with atomic_write(path) as stream:
+        stream.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_sparse_sdf(path: str | Path, blocks: SparseSDFBlocks, *, schema: int = SCHEMA_VERSION) -> None:
+    """Write a sparse SDF npz atomically; schema 2 (blocks) or 1 (a list of active voxels)."""
+    if schema == 1:
+        coords, values = blocks.to_voxels()
+        arrays: dict[str, Any] = {
+            "sparse_sdf": values, "sparse_index": coords, "resolution": np.int64(blocks.resolution)
+        }
+    elif schema == SCHEMA_VERSION:
+        if blocks.to_world is None:
+            raise ValueError(f"{Path(path).name}: schema 2 needs to_world, and this shape has none")
+        arrays = {
+            "schema_version": np.int64(SCHEMA_VERSION),
+            "resolution": np.int64(blocks.resolution),
+            "band_voxels": np.int64(blocks.band_voxels),
+            "block_index": blocks.block_index,
+            "block_sdf": blocks.block_sdf,
+            "to_world": blocks.to_world,
+            "label": np.str_(blocks.label),
+            "patient_id": np.str_(blocks.patient_id),
+            "prep_hash": np.str_(blocks.prep_hash),
+        }
+    else:
+        raise ValueError(f"schema must be 1 or {SCHEMA_VERSION}, got {schema}")
+    with atomic_write(path) as stream:
+        np.savez(stream, **arrays)
+
+
+def load_sparse_sdf(path: str | Path, *, convert_unsigned: bool = False) -> SparseSDFBlocks:
+    """Read a sparse SDF npz of schema 2 or 1. Nothing is unpickled.
+
+    Args:
+        convert_unsigned: schema-1 files of raw unsigned distances are refused unless this is true; then the values
+            are divided by the band and stay unsigned, a double shell without an inside.
+
+    Raises:
+        ValueError: the file is not a readable npz, a field is missing or malformed; names file, rule and value.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("an .npz archive is needed, got a single array")
+            fields = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{path}: no such file") from None
+        raise ValueError(f"{path}: not a readable sparse SDF npz: {error}") from None
+    try:
+        if "schema_version" in fields:
+            return _from_schema_2(fields)
+        return _from_schema_1(fields, convert_unsigned)
+    except KeyError as error:
+        raise ValueError(f"{path}: field {error} is missing; fields present: {sorted(fields)}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:
+    version = int(fields["schema_version"])
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {version}")
+    blocks = SparseSDFBlocks(
+        block_index=fields["block_index"],
+        block_sdf=fields["block_sdf"],
+        to_world=fields["to_world"],
+        resolution=int(fields["resolution"]),
+        band_voxels=int(fields["band_voxels"]),
+        label=str(fields.get("label", "")),
+        patient_id=str(fields.get("patient_id", "")),
+        prep_hash=str(fields.get("prep_hash", "")),
+    )
+    if not (np.abs(blocks.block_sdf) <= 1).all():
+        raise ValueError("block_sdf must lie in [-1, 1] without NaN")
+    index = blocks.block_index
+    if blocks.num_blocks and (index.min() < 0 or int(index.max()) >= blocks.resolution // 8):
+        raise ValueError(f"block_index must lie in [0, {blocks.resolution // 8}), got [{index.min()}, {index.max()}]")
+    return blocks
+
+
+def _from_schema_1(fields: dict[str, np.ndarray], convert_unsigned: bool) -> SparseSDFBlocks:
+    prefix = "sparse_sdf/" if "sparse_sdf/sparse_index" in fields else ""
+    values = np.asarray(fields[f"{prefix}sparse_sdf"], dtype=np.float32).reshape(-1)
+    coords = fields[f"{prefix}sparse_index"]
+    resolution_key = f"{prefix}resolution" if f"{prefix}resolution" in fields else "resolution"
+    resolution = int(fields[resolution_key])
+    band = BAND_VOXELS / resolution
+    looks_unsigned = values.size > 0 and values.min() >= 0 and values.max() <= band * (1 + 1e-3)
+    if looks_unsigned and not convert_unsigned:
+        raise ValueError(
+            f"values lie in [{values.min():.4g}, {values.max():.4g}]: a raw unsigned distance below 4/R, not a signed "
+            "TSDF in [-1, 1]; prepare the shape again, or ask for the conversion (convert_unsigned=True)"
+        )
+    if looks_unsigned:
+        values = np.minimum(values / band, 1)
+    return blocks_from_voxels(coords, values, resolution, to_world=None, band_voxels=BAND_VOXELS)
