@@ -1,0 +1,83 @@
+"""The doctor's findings: what works, what is missing, and what crashes or hangs in a probe of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from trellis import doctor
+from trellis.doctor import Finding, Report
+
+
+def child_of(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Make the doctor's child processes run `program` instead of a probe."""
+    real = subprocess.run
+
+    def run(command, **kwargs):
+        return real([sys.executable, "-c", program], **kwargs)
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+
+
+def test_crash_is_reported_by_signal(monkeypatch):
+    child_of(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    finding = doctor.run_probe("tsdf", "cuda:0", timeout_s=30)
+    assert not finding.ok and "SIGSEGV" in finding.detail
+    assert "--device cpu" in finding.advice and "\n" not in finding.advice
+
+
+def test_hang_is_reported_and_ends(monkeypatch):
+    child_of(monkeypatch, "import time; time.sleep(60)")
+    start = time.monotonic()
+    finding = doctor.run_probe("attention", "cpu", timeout_s=1)
+    assert not finding.ok and "no answer within 1 s" in finding.detail
+    assert time.monotonic() - start < 20
+
+
+def test_error_is_reported_in_its_own_words(monkeypatch):
+    child_of(monkeypatch, "raise RuntimeError('relative error 0.5 in float32')")
+    finding = doctor.run_probe("convolution", "cpu", timeout_s=30)
+    assert finding.detail == "fails: RuntimeError: relative error 0.5 in float32"
+
+
+def test_noise_before_the_answer_is_ignored(monkeypatch):
+    child_of(monkeypatch, "print('Warp 1.0 says hello'); print('{\"detail\": \"fine\"}')")
+    assert doctor.run_probe("tsdf", "cpu", timeout_s=30).detail.startswith("fine")
+
+
+def test_missing_package_gets_one_line_of_advice(monkeypatch):
+    monkeypatch.setattr(doctor, "package_version", lambda name: None if name in ("nibabel", "triton") else "1.0")
+    found = {finding.name: finding for finding in doctor.packages()}
+    assert not found["nibabel"].ok and found["nibabel"].essential and "pip install nibabel" in found["nibabel"].advice
+    assert not found["triton"].ok and not found["triton"].essential
+    assert found["numpy"].ok and not found["numpy"].advice
+    assert set(found) == set(doctor.PACKAGES) | set(doctor.OPTIONAL_PACKAGES)
+
+
+def test_only_essential_findings_decide():
+    good, note, bad = Finding("a", "x"), Finding("b", "y", ok=False, essential=False), Finding("c", "z", ok=False)
+    assert Report({"s": [good, note]}).ok
+    assert not Report({"s": [good, note, bad]}).ok
+    text = doctor.as_text(Report({"s": [good, note, bad]}))
+    assert "something essential" in text and "FAIL c: z" in text and "note b: y" in text
+    json.dumps(Report({"s": [good]}).as_dict())
+
+
+def test_machine_without_gpu_is_told_so(monkeypatch):
+    answer = {"torch": "2.13.0+cpu", "cuda_build": None, "threads": 2, "gpus": [], "warp_cuda": False}
+    monkeypatch.setattr(doctor, "_run_child", lambda arguments, timeout_s: answer)
+    devices, found = doctor.find_devices(timeout_s=1)
+    assert devices == ["cpu"]
+    assert "CPU build" in found[-1].advice and not found[-1].essential
+    answer["cuda_build"] = "13.0"
+    assert "nvidia-smi" in doctor.find_devices(timeout_s=1)[1][-1].advice
+
+
+@pytest.mark.parametrize("probe", sorted(doctor.PROBES))
+def test_probe_passes_here(probe):
+    finding = doctor.run_probe(probe, "cpu")
+    assert finding.ok, finding.detail
