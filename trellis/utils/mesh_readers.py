@@ -1,0 +1,304 @@
+"""One small function per mesh format that is read; a new format is one more entry of `READERS`."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trellis.utils.mesh_text import parse_obj, parse_off, parse_ply
+from trellis.utils.mesh_writers import STL_TRIANGLE
+
+log = logging.getLogger(__name__)
+
+MESH_SPACES = ("LPS", "RAS")
+MAX_UNPACKED_BYTES = 4 << 30
+"""Most bytes that a compressed mesh may unpack to."""
+
+
+@dataclass(frozen=True)
+class RawMesh:
+    """A mesh as its file has it.
+
+    Attributes:
+        vertices: [V, 3] floats in `space`; faces: [F, 3] integers.
+        space: "LPS" or "RAS" where the file or its format says so, else None.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    space: str | None = None
+
+
+def find_space_tag(text: bytes) -> str | None:
+    """The space named by a `SPACE=...` tag in header or comment bytes, None without one.
+
+    Raises:
+        ValueError: a tag that names another space than LPS or RAS.
+    """
+    found = {match.decode().upper() for match in re.findall(rb"\bSPACE\s*=\s*([A-Za-z]+)", text)}
+    if not found:
+        return None
+    if len(found) > 1 or not found <= set(MESH_SPACES):
+        raise ValueError(f"the SPACE tag must be LPS or RAS, got {', '.join(sorted(found))}")
+    return found.pop()
+
+
+def merge_identical(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Merge vertices with equal coordinates (exactly equal; order of first occurrence is kept).
+
+    Args:
+        vertices: [V, 3] floats; faces: [F, 3] integers.
+
+    Returns:
+        [V', 3] vertices of the same dtype and [F, 3] int64 faces.
+    """
+    vertices = vertices + np.zeros(1, dtype=vertices.dtype)  # -0.0 becomes 0.0
+    if vertices.dtype == np.float32:
+        bits = np.ascontiguousarray(vertices).view(np.uint32).astype(np.uint64)
+        keys = (bits[:, 2], (bits[:, 0] << np.uint64(32)) | bits[:, 1])
+    else:
+        keys = (vertices[:, 2], vertices[:, 1], vertices[:, 0])
+    order = np.lexsort(keys)
+    new = np.zeros(len(vertices), dtype=bool)
+    new[:1] = True
+    for key in keys:
+        column = key[order]
+        new[1:] |= column[1:] != column[:-1]
+    group = np.empty(len(vertices), dtype=np.int64)
+    group[order] = np.cumsum(new) - 1
+    first = np.minimum.reduceat(order, np.flatnonzero(new)) if len(order) else order
+    by_occurrence = np.argsort(first)
+    rank = np.empty_like(by_occurrence)
+    rank[by_occurrence] = np.arange(len(first))
+    return vertices[first[by_occurrence]], rank[group][faces]
+
+
+def read_stl(path: Path) -> RawMesh:
+    """STL, binary or ASCII; the size of a binary file must be what its facet count says."""
+    data = path.read_bytes()
+    if len(data) == 0:
+        raise ValueError("the file is empty")
+    count = struct.unpack_from("<I", data, 80)[0] if len(data) >= 84 else None
+    if count is not None and len(data) == 84 + STL_TRIANGLE.itemsize * count:
+        corners = np.frombuffer(data, dtype=STL_TRIANGLE, offset=84)["corners"].reshape(-1, 3)
+        space = find_space_tag(data[:80])
+    elif data.lstrip()[:5].lower() == b"solid":
+        corners = _ascii_stl_corners(data)
+        space = find_space_tag(data.lstrip().split(b"\n", 1)[0][:1024])
+    elif count is None:
+        raise ValueError(f"a binary STL has at least 84 bytes, got {len(data)}")
+    else:
+        raise ValueError(
+            f"its header announces {count} triangles, {84 + STL_TRIANGLE.itemsize * count} bytes, and the file has "
+            f"{len(data)}: truncated or not an STL"
+        )
+    vertices, faces = merge_identical(corners, np.arange(len(corners), dtype=np.int64).reshape(-1, 3))
+    return RawMesh(vertices, faces, space)
+
+
+def _ascii_stl_corners(data: bytes) -> np.ndarray:
+    lower = data.lower()
+    if b"endsolid" not in lower[-1024:]:
+        raise ValueError("an ASCII STL ends with 'endsolid', this one does not: truncated")
+    words = re.findall(rb"\bvertex\s+(\S+)\s+(\S+)\s+(\S+)", lower)
+    facets = lower.count(b"endfacet")
+    if len(words) != 3 * facets:
+        raise ValueError(f"{facets} facets need {3 * facets} vertices, got {len(words)}")
+    return np.array(words, dtype="S").astype(np.float64).reshape(-1, 3)
+
+
+def _trimesh_geometry(data: bytes, file_type: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    import trimesh
+
+    loaded = trimesh.load(io.BytesIO(data), file_type=file_type, process=False, **options)
+    parts = loaded.dump() if isinstance(loaded, trimesh.Scene) else [loaded]
+    vertices, faces, offset = [np.zeros((0, 3))], [np.zeros((0, 3), dtype=np.int64)], 0
+    for part in parts:
+        if not isinstance(part, trimesh.Trimesh):
+            continue  # point clouds and paths have no surface
+        vertices.append(np.asarray(part.vertices, dtype=np.float64))
+        faces.append(np.asarray(part.faces, dtype=np.int64).reshape(-1, 3) + offset)
+        offset += len(part.vertices)
+    return np.concatenate(vertices), np.concatenate(faces)
+
+
+def _leading_comments(data: bytes) -> bytes:
+    """Comment lines among the first 64 KiB of a text format."""
+    return b"\n".join(line for line in data[: 1 << 16].splitlines() if line.lstrip().startswith(b"#"))
+
+
+def read_ply(path: Path) -> RawMesh:
+    """PLY, ASCII or binary."""
+    vertices, faces, comments = parse_ply(path.read_bytes())
+    return RawMesh(vertices, faces, find_space_tag(comments))
+
+
+def read_obj(path: Path) -> RawMesh:
+    """Wavefront OBJ; materials are not opened."""
+    data = path.read_bytes()
+    return RawMesh(*merge_identical(*parse_obj(data)), find_space_tag(_leading_comments(data)))
+
+
+def read_off(path: Path) -> RawMesh:
+    """Object File Format, text."""
+    data = path.read_bytes()
+    return RawMesh(*parse_off(data), find_space_tag(_leading_comments(data)))
+
+
+def _gltf_tag(document: dict) -> str | None:
+    space = (document.get("asset", {}).get("extras") or {}).get("SPACE")
+    return None if space is None else find_space_tag(f"SPACE={space}".encode())
+
+
+def read_glb(path: Path) -> RawMesh:
+    """Binary glTF 2.0: all triangles of the scene, node transforms applied, numbers taken as millimetres."""
+    data = path.read_bytes()
+    if len(data) < 20 or data[:4] != b"glTF":
+        raise ValueError("a GLB file starts with 'glTF'")
+    length, json_length = struct.unpack_from("<I", data, 8)[0], struct.unpack_from("<I", data, 12)[0]
+    if length != len(data) or 20 + json_length > len(data):
+        raise ValueError(f"its header announces {length} bytes, and the file has {len(data)}: truncated")
+    space = _gltf_tag(json.loads(data[20 : 20 + json_length]))
+    vertices, faces = _trimesh_geometry(data, "glb", skip_materials=True)
+    return RawMesh(*merge_identical(vertices, faces), space)
+
+
+def read_gltf(path: Path) -> RawMesh:
+    """glTF 2.0 as JSON; its buffers may be inside or beside it, never elsewhere."""
+    import trimesh
+
+    data = path.read_bytes()
+    space = _gltf_tag(json.loads(data))
+    resolver = trimesh.resolvers.FilePathResolver(str(path.resolve()))
+    vertices, faces = _trimesh_geometry(data, "gltf", resolver=resolver, skip_materials=True)
+    return RawMesh(*merge_identical(vertices, faces), space)
+
+
+def read_gifti(path: Path) -> RawMesh:
+    """GIfTI surface (.gii, .gii.gz), coordinates in RAS.
+
+    A transform that leads to scanner or aligned-anatomical space is applied unless the coordinates are there already;
+    FreeSurfer's c_ras (metadata VolGeomC_R, _A, _S) is added to coordinates that are not declared as scanner space.
+    """
+    import nibabel
+
+    if path.name.lower().endswith(".gz"):
+        with gzip.open(path) as stream:
+            text = stream.read(MAX_UNPACKED_BYTES + 1)
+        if len(text) > MAX_UNPACKED_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES} bytes")
+    else:
+        text = path.read_bytes()
+    image = nibabel.GiftiImage.from_bytes(text)
+    points = image.get_arrays_from_intent("NIFTI_INTENT_POINTSET")
+    triangles = image.get_arrays_from_intent("NIFTI_INTENT_TRIANGLE")
+    if len(points) != 1 or len(triangles) != 1:
+        raise ValueError(
+            f"a GIfTI surface has one POINTSET and one TRIANGLE array, got {len(points)} and {len(triangles)}"
+        )
+    vertices = np.asarray(points[0].data, dtype=np.float64)
+    faces = np.asarray(triangles[0].data, dtype=np.int64)
+    matrix = _gifti_to_ras(points[0])
+    vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
+    if np.linalg.det(matrix[:3, :3]) < 0:
+        faces = faces[:, ::-1]
+    return RawMesh(vertices, faces, "RAS")
+
+
+def _gifti_to_ras(array: Any) -> np.ndarray:
+    patient_spaces = (1, 2)  # NIFTI_XFORM_SCANNER_ANAT, NIFTI_XFORM_ALIGNED_ANAT
+    system, matrix = array.coordsys, np.eye(4)
+    here = int(getattr(system, "dataspace", 0) or 0)
+    there = int(getattr(system, "xformspace", 0) or 0)
+    if here in patient_spaces:
+        return matrix
+    if there in patient_spaces and system.xform is not None:
+        return np.asarray(system.xform, dtype=np.float64)
+    meta = {str(key): str(value) for key, value in dict(array.meta).items()}
+    matrix[:3, 3] = [float(meta.get(f"VolGeomC_{axis}", 0)) for axis in "RAS"]
+    return matrix
+
+
+def is_freesurfer_surface(path: Path) -> bool:
+    """Whether a file begins as FreeSurfer's binary triangle or quad surfaces do."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(3) in (b"\xff\xff\xfe", b"\xff\xff\xff", b"\xff\xff\xfd")
+    except OSError:
+        return False
+
+
+def read_freesurfer(path: Path) -> RawMesh:
+    """FreeSurfer surface geometry: surface RAS plus c_ras of the volume that it names, so scanner RAS."""
+    import nibabel
+
+    data = path.read_bytes()
+    if data[:3] == b"\xff\xff\xfe":
+        comments_end = data.find(b"\n\n", 3, 65536)
+        if comments_end < 0 or len(data) < comments_end + 10:
+            raise ValueError("its comment lines do not end: truncated")
+        vertex_count, face_count = struct.unpack_from(">ii", data, comments_end + 2)
+        needed = comments_end + 10 + 12 * (vertex_count + face_count)
+        if vertex_count < 0 or face_count < 0 or len(data) < needed:
+            raise ValueError(
+                f"its header announces {vertex_count} vertices and {face_count} faces, at least {needed} bytes, and "
+                f"the file has {len(data)}: truncated"
+            )
+    vertices, faces, info = nibabel.freesurfer.read_geometry(str(path), read_metadata=True)
+    centre = info.get("cras") if info else None
+    if centre is None:
+        log.warning("a FreeSurfer surface has no volume information: c_ras is taken as zero")
+        centre = np.zeros(3)
+    return RawMesh(np.asarray(vertices, dtype=np.float64) + np.asarray(centre), faces, "RAS")
+
+
+def read_vtk(path: Path) -> RawMesh:
+    """Legacy VTK poly data; the title line may carry the space tag."""
+    title = path.open("rb").read(512).split(b"\n")[:2]
+    if not title[0].startswith(b"# vtk DataFile"):
+        raise ValueError("a legacy VTK file starts with '# vtk DataFile'")
+    return _from_vtk(path, find_space_tag(b"\n".join(title)))
+
+
+def read_vtp(path: Path) -> RawMesh:
+    """VTK XML poly data; a string field SPACE carries the space tag."""
+    return _from_vtk(path, None)
+
+
+def _from_vtk(path: Path, space: str | None) -> RawMesh:
+    import pyvista
+
+    mesh = pyvista.read(path)
+    if not isinstance(mesh, pyvista.PolyData):
+        raise ValueError(f"a surface (PolyData) is needed, got {type(mesh).__name__}")
+    if space is None and "SPACE" in mesh.field_data:
+        space = find_space_tag(f"SPACE={np.asarray(mesh.field_data['SPACE']).ravel()[0]}".encode())
+    if mesh.n_strips or not mesh.is_all_triangles:
+        mesh = mesh.triangulate()
+    faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 4)[:, 1:]
+    return RawMesh(np.asarray(mesh.points, dtype=np.float64), faces, space)
+
+
+READERS: dict[str, Callable[[Path], RawMesh]] = {
+    ".stl": read_stl,
+    ".ply": read_ply,
+    ".obj": read_obj,
+    ".off": read_off,
+    ".glb": read_glb,
+    ".gltf": read_gltf,
+    ".gii": read_gifti,
+    ".gii.gz": read_gifti,
+    ".vtk": read_vtk,
+    ".vtp": read_vtp,
+}
+"""Suffix -> reader(path) -> RawMesh; whatever a reader raises reaches the user as ValueError with the file's name."""
