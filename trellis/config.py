@@ -1,0 +1,380 @@
+"""Configs: strict JSON to typed dataclasses; every problem of a file is reported in one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+LOSS_TYPES = ("mse", "l1", "l1_l2")
+MODEL_CLASSES = ("SparseSDFVQVAE",)
+DATASET_CLASSES = ("SparseSDF",)
+TRAINER_CLASSES = ("SparseSDF_VQVAETrainer",)
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong; a command ends with exit code 2 and is never retried."""
+
+
+class ConfigError(InputError):
+    """A config that cannot be used. `problems` lists everything that is wrong with it."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) > 1 else "")
+        super().__init__("\n  - ".join([f"{source}: {count}", *self.problems]))
+
+
+@dataclass(frozen=True)
+class Named:
+    """A class by name and its keyword arguments: `{"name": ..., "args": {...}}`."""
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainerArgs:
+    """Arguments of the trainer; TRELLIS's names where it has one.
+
+    A step is one optimizer step of all ranks. Intervals `i_*` count steps; null switches one off.
+
+    Attributes:
+        max_steps, max_epoch: training ends at whichever comes first; at least one is needed.
+        batch_size_per_gpu: shapes per rank and step; batch_size: shapes per step over all ranks. Exactly one of them.
+        batch_split: micro-batches per step; above the batch size means micro-batches of one shape.
+        optimizer, lr_scheduler: see `trellis.trainers.optim`.
+        ema_rate: rate or rates of the averaged copies of the weights.
+        fp16_mode: "inflat_all" (half weights, float32 masters, log loss scale), "amp" (half activations, loss scale),
+            "bf16" (bfloat16 activations) or null (float32).
+        fp16_scale_growth: growth of the log2 loss scale a step, for inflat_all.
+        grad_clip: largest gradient norm, or an AdaptiveGradClipper.
+        finetune_ckpt: weights to start from, a path or {model name: path}; every tensor must fit.
+        log_param_stats: RMS of every weight and gradient to TensorBoard.
+        lambda_vq, lambda_commitment: weights of the codebook and commitment losses.
+        lambda_extra: weight of decoded voxels outside the band, those inside it having 1.
+        loss_type: "mse", "l1", or "l1_l2" (their sum).
+        pretrained_vae_path: Direct3D-S2 weights to start from; they must fit unless pretrained_partial.
+        codebook_init_samples: shapes that k-means initialises the codebook from; null: enough for 16 rows a code.
+        num_samples: shapes in the pictures and meshes of `i_sample`.
+        num_workers: loader processes per rank; null: 0 on a CPU, up to 8 on CUDA.
+        keep_last: checkpoints to keep; null: all.
+        seed: of the weights, the order of the shapes and everything else that is drawn.
+    """
+
+    optimizer: Named
+    max_steps: int | None = None
+    max_epoch: int | None = None
+    batch_size_per_gpu: int | None = None
+    batch_size: int | None = None
+    batch_split: int = 1
+    lr_scheduler: Named | None = None
+    ema_rate: float | list[float] = field(default_factory=lambda: [0.9999])
+    fp16_mode: Literal["inflat_all", "amp", "bf16"] | None = None
+    fp16_scale_growth: float = 1e-3
+    grad_clip: float | Named | None = None
+    finetune_ckpt: str | dict[str, str] | None = None
+    log_param_stats: bool = False
+    i_print: int | None = 1000
+    i_log: int | None = 500
+    i_sample: int | None = 10000
+    i_save: int | None = 10000
+    i_ddpcheck: int | None = 10000
+    lambda_vq: float = 1.0
+    lambda_commitment: float = 0.25
+    lambda_extra: float = 0.1
+    loss_type: Literal["mse", "l1", "l1_l2"] = "mse"
+    pretrained_vae_path: str | None = None
+    pretrained_partial: bool = False
+    codebook_init_samples: int | None = None
+    num_samples: int = 4
+    num_workers: int | None = None
+    keep_last: int | None = None
+    seed: int = 0
+
+    @property
+    def ema_rates(self) -> list[float]:
+        return list(self.ema_rate) if isinstance(self.ema_rate, list) else [self.ema_rate]
+
+    def problems(self, path: str) -> list[str]:
+        """Values that have the right type and break a rule."""
+        found = []
+
+        def rule(ok: bool, key: str, text: str) -> None:
+            if not ok:
+                found.append(f"{path}.{key}: must be {text}, got {json.dumps(getattr(self, key))}")
+
+        positive = ["max_steps", "max_epoch", "batch_size_per_gpu", "batch_size", "batch_split", "i_print", "i_log",
+                    "i_sample", "i_save", "i_ddpcheck", "keep_last", "codebook_init_samples"]
+        for key in positive:
+            value = getattr(self, key)
+            rule(value is None or value >= 1, key, "at least 1" if key == "batch_split" else "null or at least 1")
+        for key in ("lambda_vq", "lambda_commitment", "lambda_extra", "fp16_scale_growth", "num_samples", "seed"):
+            rule(getattr(self, key) >= 0, key, "at least 0")
+        rule(self.num_workers is None or self.num_workers >= 0, "num_workers", "null or at least 0")
+        rule(all(0 <= r < 1 for r in self.ema_rates), "ema_rate", "in [0, 1)")
+        rule(len(set(self.ema_rates)) == len(self.ema_rates), "ema_rate", "without a rate given twice")
+        if isinstance(self.grad_clip, (int, float)):
+            rule(self.grad_clip > 0, "grad_clip", "above 0")
+        if self.max_steps is None and self.max_epoch is None:
+            found.append(f"{path}: max_steps or max_epoch is needed, both are null or missing")
+        if (self.batch_size is None) == (self.batch_size_per_gpu is None):
+            found.append(
+                f"{path}: exactly one of batch_size and batch_size_per_gpu is needed, "
+                f"got {self.batch_size} and {self.batch_size_per_gpu}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole config: `models` has one entry; `raw` is the JSON that it came from, overrides included."""
+
+    models: dict[str, Named]
+    dataset: Named
+    trainer_name: str
+    trainer: TrainerArgs
+    raw: dict[str, Any] = field(repr=False)
+
+    @property
+    def model_name(self) -> str:
+        """The one entry of `models`: the name that checkpoints carry."""
+        return next(iter(self.models))
+
+    @property
+    def model(self) -> Named:
+        return self.models[self.model_name]
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    signatures: Mapping[str, Callable[..., Any]] | None = None,
+) -> RunConfig:
+    """Read a config file, apply `key.path=value` overrides, and check all of it.
+
+    Args:
+        signatures: classes by the names that configs use, to check `args` of the model and dataset against.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["no such file"]) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), [f"not readable as JSON: {error}"]) from None
+    problems: list[str] = []
+    for override in overrides:
+        apply_override(raw, override, problems)
+    return parse_config(raw, source=str(path), signatures=signatures, problems=problems)
+
+
+def parse_config(
+    raw: Any,
+    *,
+    source: str = "config",
+    signatures: Mapping[str, Callable[..., Any]] | None = None,
+    problems: list[str] | None = None,
+) -> RunConfig:
+    """Check a config that is already JSON; `problems` found before are reported with the new ones."""
+    problems = [] if problems is None else problems
+    signatures = signatures or {}
+    if not isinstance(raw, dict):
+        raise ConfigError(source, [*problems, f"must be a JSON object, got {type(raw).__name__}"])
+    _report_unknown(raw, ["models", "dataset", "trainer"], "", problems)
+    models: dict[str, Named] = {}
+    entries = raw.get("models")
+    if not isinstance(entries, dict) or len(entries) != 1:
+        problems.append(f"models: exactly one {{name: {{name, args}}}} is needed, got {_show(entries)}")
+    else:
+        for name, entry in entries.items():
+            models[name] = _named(entry, f"models.{name}", MODEL_CLASSES, problems)
+    dataset = _named(raw.get("dataset"), "dataset", DATASET_CLASSES, problems)
+    trainer = _named(raw.get("trainer"), "trainer", TRAINER_CLASSES, problems)
+    for where, named in [*((f"models.{name}", model) for name, model in models.items()), ("dataset", dataset)]:
+        if named.name in signatures:
+            check_call(signatures[named.name], named.args, f"{where}.args", problems)
+    args = from_json(TrainerArgs, trainer.args, "trainer.args", problems)
+    if args is not None:
+        problems.extend(args.problems("trainer.args"))
+    if problems or args is None:
+        raise ConfigError(source, problems)
+    return RunConfig(models, dataset, trainer.name, args, raw)
+
+
+def apply_override(raw: Any, override: str, problems: list[str]) -> None:
+    """Set `a.b.c=value` in `raw`; the value is JSON, or text where it is not. A missing or null level is made."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        problems.append(f"--set {override}: must read key.path=value, as in trainer.args.max_steps=40")
+        return
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    for depth, name in enumerate(names[:-1], start=1):
+        if isinstance(raw, dict) and raw.get(name) is None:
+            raw[name] = {}
+        if not isinstance(raw, dict) or not isinstance(raw[name], dict):
+            problems.append(f"--set {override}: {'.'.join(names[:depth])} is no object")
+            return
+        raw = raw[name]
+    raw[names[-1]] = value
+
+
+def from_json(cls: type, value: Any, path: str, problems: list[str]) -> Any:
+    """An instance of dataclass `cls` from a JSON object, or None after adding to `problems`."""
+    if not isinstance(value, dict):
+        problems.append(f"{path}: must be an object, got {_show(value)}")
+        return None
+    before = len(problems)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    _report_unknown(value, list(fields), path, problems)
+    made = {}
+    for name, spec in fields.items():
+        if name in value:
+            made[name] = _convert(value[name], hints[name], f"{path}.{name}", problems)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            problems.append(f"{path}.{name}: is missing")
+    return cls(**made) if len(problems) == before else None
+
+
+def check_call(
+    target: Callable[..., Any], args: Mapping[str, Any], path: str, problems: list[str], *, check_types: bool = True,
+    given: Sequence[str] = ("self", "roots"),
+) -> None:
+    """Check keyword arguments against the signature of `target`; `given` are the ones that the caller adds."""
+    parameters = {n: p for n, p in inspect.signature(target).parameters.items() if n not in given}
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(f"{target}: **kwargs cannot be checked")
+    _report_unknown(args, list(parameters), path, problems)
+    init = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(init) if check_types else {}
+    for name, parameter in parameters.items():
+        if name not in args:
+            if parameter.default is inspect.Parameter.empty:
+                problems.append(f"{path}.{name}: is missing")
+        elif name in hints:
+            _convert(args[name], hints[name], f"{path}.{name}", problems)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"key {twice[0]!r} is given twice in one object")
+    return dict(pairs)
+
+
+def _named(value: Any, path: str, names: Sequence[str], problems: list[str]) -> Named:
+    found: list[str] = []
+    named = from_json(Named, value, path, found)
+    if named is None:
+        problems.extend(found)
+        return Named("", value.get("args") or {} if isinstance(value, dict) else {})
+    if named.name not in names:
+        problems.append(f"{path}.name: must be one of {', '.join(names)}, got {named.name!r}{_hint(named.name, names)}")
+    return named
+
+
+def _report_unknown(value: Mapping[str, Any], valid: Sequence[str], path: str, problems: list[str]) -> None:
+    for key in value:
+        if key not in valid:
+            where = f"{path}.{key}" if path else key
+            problems.append(f"{where}: unknown key{_hint(key, valid)}; valid keys: {', '.join(sorted(valid))}")
+
+
+def _hint(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    """`value` as `hint` wants it (JSON lists become tuples, whole numbers floats), with a problem where it is not."""
+    found: list[str] = []
+    made = _match(value, hint, path, found)
+    problems.extend(found)
+    return made
+
+
+def _match(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    def wrong(expected: str) -> None:
+        problems.append(f"{path}: must be {expected}, got {_show(value)}")
+
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        attempts = []
+        for option in inner:
+            found: list[str] = []
+            made = _match(value, option, path, found)
+            if not found:
+                return made
+            attempts.append((option, found))
+        nested = [found for option, found in attempts if dataclasses.is_dataclass(option)]
+        if isinstance(value, dict) and nested:
+            problems.extend(nested[0])
+        else:
+            wrong(_describe(hint))
+    elif origin is Literal:
+        if value not in inner or isinstance(value, bool) and True not in inner:
+            wrong(_describe(hint) + (_hint(value, [str(i) for i in inner]) if isinstance(value, str) else ""))
+    elif dataclasses.is_dataclass(hint):
+        return from_json(hint, value, path, problems)
+    elif hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            wrong("a number")
+        else:
+            return float(value)
+    elif hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            wrong("a whole number")
+    elif hint in (bool, str, type(None)):
+        if not isinstance(value, hint):
+            wrong(_describe(hint))
+    elif origin in (list, tuple) or hint in (list, tuple):
+        if not isinstance(value, list):
+            wrong("a list")
+        else:
+            kinds = [k for k in inner if k is not Ellipsis] or [Any]
+            if origin is tuple and Ellipsis not in inner and len(kinds) != len(value):
+                wrong(f"a list of {len(kinds)}")
+            items = [_match(v, kinds[i % len(kinds)], f"{path}[{i}]", problems) for i, v in enumerate(value)]
+            return tuple(items) if (origin or hint) is tuple else items
+    elif origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            wrong("an object")
+        elif inner:
+            return {k: _match(v, inner[1], f"{path}.{k}", problems) for k, v in value.items()}
+    return value
+
+
+def _describe(hint: Any) -> str:
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
+             list: "a list", dict: "an object"}
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in inner)
+    if origin is Literal:
+        return " or ".join(json.dumps(option) for option in inner)
+    if dataclasses.is_dataclass(hint):
+        return "an object with " + ", ".join(f.name for f in dataclasses.fields(hint))
+    return plain.get(hint) or plain.get(origin) or str(hint)

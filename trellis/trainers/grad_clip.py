@@ -1,0 +1,84 @@
+"""Gradient clipping: a fixed norm, or one that follows the norms seen lately."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+
+from trellis.config import InputError, Named, check_call
+
+
+class FixedGradClipper:
+    """Clips at a fixed norm; `max_norm` None never clips."""
+
+    def __init__(self, max_norm: float | None = None) -> None:
+        self.max_norm = max_norm
+
+    def limit(self, norm: float) -> float:
+        """The norm to clip at, given the norm of this step's gradient (finite)."""
+        del norm
+        return math.inf if self.max_norm is None else self.max_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+class AdaptiveGradClipper:
+    """Clips at a percentile of the norms of the last `buffer_size` steps, and never above `max_norm`.
+
+    Args:
+        max_norm: upper limit, the only one until the buffer is full; None for none.
+        clip_percentile: in (0, 100].
+        buffer_size: steps that are remembered.
+    """
+
+    def __init__(self, max_norm: float | None = None, clip_percentile: float = 95.0, buffer_size: int = 1000) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be null or above 0, got {max_norm}")
+        if not 0 < clip_percentile <= 100:
+            raise ValueError(f"clip_percentile must be in (0, 100], got {clip_percentile}")
+        if buffer_size < 1:
+            raise ValueError(f"buffer_size must be at least 1, got {buffer_size}")
+        self.max_norm = max_norm
+        self.clip_percentile = clip_percentile
+        self.buffer_size = buffer_size
+        self._norms: list[float] = []
+
+    def limit(self, norm: float) -> float:
+        """The norm to clip at. The unclipped `norm` of this step is remembered for later ones."""
+        limit = math.inf if self.max_norm is None else self.max_norm
+        if len(self._norms) == self.buffer_size:
+            limit = min(limit, float(np.percentile(self._norms, self.clip_percentile)))
+            self._norms.pop(0)
+        self._norms.append(norm)
+        return limit
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": list(self._norms)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._norms = [float(norm) for norm in state["norms"]][-self.buffer_size :]
+
+
+def build_grad_clipper(spec: float | Named | None) -> FixedGradClipper | AdaptiveGradClipper:
+    """A clipper from the config's `grad_clip`: null, a number, or {name: AdaptiveGradClipper, args}."""
+    if not isinstance(spec, Named):
+        return FixedGradClipper(spec)
+    problems: list[str] = []
+    if spec.name != "AdaptiveGradClipper":
+        problems.append(f"name must be AdaptiveGradClipper, got {spec.name!r}")
+    else:
+        check_call(AdaptiveGradClipper, spec.args, "args", problems)
+    if not problems:
+        try:
+            return AdaptiveGradClipper(**spec.args)
+        except ValueError as error:
+            problems.append(str(error))
+    valid = ", ".join(p for p in inspect.signature(AdaptiveGradClipper).parameters)
+    raise InputError(f"trainer.args.grad_clip: {'; '.join(problems)} (arguments: {valid})")

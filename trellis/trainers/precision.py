@@ -1,0 +1,170 @@
+"""Number formats of training: float32 parameters and one flat gradient, loss scaling, half-precision copies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+INITIAL_LOG_SCALE = 20.0
+"""Start of the log2 loss scale of inflat_all; it falls to what the network bears within the first steps."""
+
+
+def mode_on_device(mode: str | None, device: torch.device) -> str | None:
+    """The mode that a device can run: half precision needs CUDA, and a CPU trains in float32 instead, saying so."""
+    if device.type == "cpu" and mode in ("inflat_all", "amp"):
+        logger.info("fp16_mode %s needs CUDA: training in float32 on the CPU", mode)
+        return None
+    return mode
+
+
+class Precision:
+    """What the optimizer sees of a model: float32 parameters whose gradients are views of one flat buffer.
+
+    Modes: None is float32; "bf16" has bfloat16 activations; "amp" has half activations under a dynamic loss scale;
+    "inflat_all" has half weights with float32 masters and a log2 loss scale that grows by `scale_growth` a step and
+    drops by 1 on an overflow. Parameters that the model keeps in float32 (the codebook) are their own masters.
+
+    Attributes:
+        parameters: {name: float32 tensor}, what the optimizer updates.
+        gradient: flat float32 gradient over all of them, in that order.
+    """
+
+    def __init__(self, model: nn.Module, mode: str | None, *, scale_growth: float = 1e-3) -> None:
+        self.model = model
+        self.mode = mode
+        self.scale_growth = scale_growth
+        self.log_scale = INITIAL_LOG_SCALE
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().float().clone() for name, p in trained.items()} if mode == "inflat_all" else {}
+        if mode == "inflat_all":
+            model.convert_to_fp16()
+        elif mode is not None:
+            model.set_compute_dtype({"amp": torch.float16, "bf16": torch.bfloat16}[mode])
+        else:
+            model.set_compute_dtype(torch.float32)
+        self._half: dict[str, nn.Parameter] = {}
+        self.parameters: dict[str, torch.Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if name not in trained:
+                continue
+            if parameter.dtype == torch.float32:
+                self.parameters[name] = parameter
+            else:
+                self._half[name] = parameter
+                self.parameters[name] = before[name].requires_grad_()
+        device = next(iter(self.parameters.values())).device
+        self.gradient = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)
+        self._views: dict[str, torch.Tensor] = {}
+        offset = 0
+        for name, parameter in self.parameters.items():
+            self._views[name] = self.gradient[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+        self._scaler = torch.amp.GradScaler(device.type, enabled=mode == "amp")
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether overflow is an ordinary event of this mode."""
+        return self.mode in ("inflat_all", "amp")
+
+    def zero_gradient(self) -> None:
+        """Start a step: gradients to zero, every parameter's gradient a view of the flat one."""
+        self.gradient.zero_()
+        for name, parameter in self.parameters.items():
+            parameter.grad = self._views[name]
+        for parameter in self._half.values():
+            parameter.grad = None
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, scaled."""
+        if self.mode == "inflat_all":
+            loss = loss * 2.0**self.log_scale
+        elif self.mode == "amp":
+            loss = self._scaler.scale(loss)
+        loss.backward()
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """After the last micro-batch: half gradients into the flat float32 one. It is still scaled."""
+        for name, parameter in self._half.items():
+            if parameter.grad is not None:
+                self._views[name].copy_(parameter.grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def unscale(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Undo the loss scale, after the sum over ranks; returns the gradient's norm, not finite after an overflow."""
+        if self.mode == "inflat_all":
+            self.gradient.mul_(2.0**-self.log_scale)
+        elif self.mode == "amp":
+            self._scaler.unscale_(optimizer)
+        return torch.linalg.vector_norm(self.gradient)
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
+        """Update the parameters, or only the loss scale where the gradient is not finite."""
+        if self.mode == "amp":
+            if finite:
+                self._scaler.step(optimizer)
+            self._scaler.update()
+            return
+        if finite:
+            optimizer.step()
+            self.copy_to_model()
+        if self.mode == "inflat_all":
+            self.log_scale += self.scale_growth if finite else -1.0
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Half weights from their masters."""
+        for name, parameter in self._half.items():
+            parameter.copy_(self.parameters[name])
+
+    @property
+    def loss_scale(self) -> float:
+        if self.mode == "inflat_all":
+            return 2.0**self.log_scale
+        return float(self._scaler.get_scale()) if self.mode == "amp" else 1.0
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's state with masters in place of half weights: what a checkpoint holds."""
+        return {name: self.parameters.get(name, tensor).detach() for name, tensor in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over saved weights.
+
+        Raises:
+            ValueError: names or shapes that are not the model's.
+        """
+        own = self.weights()
+        problems = [f"missing {name}" for name in own if name not in tensors]
+        problems += [f"unknown {name}" for name in tensors if name not in own]
+        problems += [
+            f"{name} is {list(tensors[name].shape)}, the model has {list(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:8])}{more}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self.copy_to_model()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mode": self.mode, "log_scale": self.log_scale, "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the loss scale; one of another mode starts afresh."""
+        if state["mode"] != self.mode:
+            logger.warning("the checkpoint was trained with fp16_mode %s, this run has %s", state["mode"], self.mode)
+            return
+        self.log_scale = float(state["log_scale"])
+        if self.mode == "amp":
+            self._scaler.load_state_dict(state["scaler"])
