@@ -1,0 +1,98 @@
+"""The decoder: one latent row per block to the TSDF of the block's 512 voxels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trellis.modules.sparse.conv.functional import subdivide_conv_to_scalar
+from trellis.modules.sparse.conv.module import SparseConv3d
+from trellis.modules.sparse.levels import Grid, Topology
+from trellis.modules.sparse.linear import SparseLinear
+from trellis.modules.sparse.transformer import TransformerBlock, position_embedding
+
+
+class UpBlock(nn.Module):
+    """SiLU(conv), subdivide, SiLU(conv)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.act_layers = nn.ModuleList([SparseConv3d(in_channels, out_channels), nn.SiLU()])
+        self.out_layers = nn.ModuleList([SparseConv3d(out_channels, out_channels), nn.SiLU()])
+
+    def forward(self, feats: Tensor, grid: Grid, backend: str) -> Tensor:
+        """[N, in] on `grid` -> [8 N, out] on its children."""
+        hidden = F.silu(self.act_layers[0](feats, grid, backend=backend))
+        return F.silu(self.out_layers[0](hidden, grid, subdivide=True, backend=backend))
+
+    def plain(self, feats: Tensor, grid: Grid, children: Grid, backend: str) -> Tensor:
+        """The same with the subdivided tensor written out: for comparison."""
+        hidden = F.silu(self.act_layers[0](feats, grid, backend=backend)).repeat_interleave(8, dim=0)
+        return F.silu(self.out_layers[0](hidden, children, backend=backend))
+
+
+class SparseSDFDecoder(nn.Module):
+    """Transformer blocks in shifted windows and three up blocks."""
+
+    def __init__(
+        self,
+        *,
+        model_channels: int,
+        latent_channels: int,
+        num_blocks: int,
+        num_heads: int,
+        mlp_ratio: float,
+        window_size: int,
+        use_checkpoint: bool,
+        qk_rms_norm: bool,
+    ) -> None:
+        super().__init__()
+        c = model_channels
+        widths = [c, c // 4, c // 8, c // 16]
+        self.input_layer = SparseLinear(latent_channels, c)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                c,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                window_size=window_size,
+                shift=window_size // 2 * (i % 2),
+                qk_rms_norm=qk_rms_norm,
+                use_checkpoint=use_checkpoint,
+            )
+            for i in range(num_blocks)
+        )
+        self.upsample = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.out_layer = SparseLinear(c // 16, 1)
+
+    def forward(
+        self,
+        latent: Tensor,
+        topology: Topology,
+        dtype: torch.dtype,
+        *,
+        factor: float | None = None,
+        fused: bool = True,
+        backend: str = "auto",
+    ) -> Tensor:
+        """[M, L] -> TSDF [M, 512] in (-1, 1), slots in Morton order; float32 (float64 for float64)."""
+        x = self.input_layer(latent.to(dtype))
+        x = x + position_embedding(topology.coords[:, 1:], x.shape[1], factor).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, topology)
+        for i, side in enumerate((1, 2)):
+            grid = topology.dense_grid(side)
+            block = self.upsample[i]
+            x = block(x, grid, backend) if fused else block.plain(x, grid, topology.dense_grid(2 * side), backend)
+        grid, block = topology.dense_grid(4), self.upsample[2]
+        if not fused:
+            x = self.out_layer(block.plain(x, grid, topology.dense_grid(8), backend))
+            return torch.tanh(x.to(torch.promote_types(x.dtype, torch.float32))).view(-1, 512)
+        x = F.silu(block.act_layers[0](x, grid, backend=backend))
+        kernel, bias = block.out_layers[0].cast(x.dtype)
+        out_weight, out_bias = self.out_layer.weight.to(x.dtype), self.out_layer.bias.to(x.dtype)
+        values = subdivide_conv_to_scalar(x, kernel, bias, out_weight, out_bias, grid, backend=backend)
+        return values.view(-1, 512)
+
+

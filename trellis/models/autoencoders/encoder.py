@@ -1,0 +1,121 @@
+"""The encoder: TSDF values on active voxels to one latent row per block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trellis.modules.sparse.conv.module import SparseConv3d
+from trellis.modules.sparse.levels import Grid, Pyramid
+from trellis.modules.sparse.linear import SparseLinear
+from trellis.modules.sparse.norm import SparseGroupNorm, layer_norm
+from trellis.modules.sparse.pool import first_stage, pool
+from trellis.modules.sparse.transformer import TransformerBlock, position_embedding
+
+
+class DownBlock(nn.Module):
+    """SiLU(GN(x)), pool, conv, SiLU(GN), conv, plus a 1x1x1 convolution of the pooled input."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.act_layers = nn.ModuleList([SparseGroupNorm(in_channels), nn.SiLU()])
+        self.out_layers = nn.ModuleList(
+            [
+                SparseConv3d(in_channels, out_channels),
+                SparseGroupNorm(out_channels),
+                nn.SiLU(),
+                SparseConv3d(out_channels, out_channels),
+            ]
+        )
+        self.skip_connection = SparseConv3d(in_channels, out_channels, kernel_size=1)
+
+    def after_pool(self, hidden: Tensor, skip: Tensor, grid: Grid, backend: str) -> Tensor:
+        """The part on the coarse grid: [P, in] twice -> [P, out]."""
+        conv_in, norm, _, conv_out = self.out_layers
+        hidden = conv_in(hidden, grid, backend=backend)
+        hidden = F.silu(norm(hidden, grid))
+        return conv_out(hidden, grid, backend=backend) + self.skip_connection(skip, grid)
+
+    def forward(self, feats: Tensor, fine: Grid, coarse: Grid, backend: str) -> Tensor:
+        """[N, in] on `fine` -> [P, out] on `coarse`."""
+        hidden = pool(F.silu(self.act_layers[0](feats, fine)), fine, coarse)
+        return self.after_pool(hidden, pool(feats, fine, coarse), coarse, backend)
+
+
+class SparseSDFEncoder(nn.Module):
+    """Three down blocks and transformer blocks in shifted windows; see the module's docstring for shapes."""
+
+    def __init__(
+        self,
+        *,
+        model_channels: int,
+        latent_channels: int,
+        num_blocks: int,
+        num_heads: int,
+        mlp_ratio: float,
+        window_size: int,
+        use_checkpoint: bool,
+        qk_rms_norm: bool,
+    ) -> None:
+        super().__init__()
+        c = model_channels
+        widths = [c // 16, c // 8, c // 4, c]
+        self.input_layer1 = SparseLinear(1, c // 16)
+        self.downsample = nn.ModuleList(DownBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.input_layer = SparseLinear(c, c)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                c,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                window_size=window_size,
+                shift=window_size // 2 * (i % 2),
+                qk_rms_norm=qk_rms_norm,
+                use_checkpoint=use_checkpoint,
+            )
+            for i in range(num_blocks)
+        )
+        self.out_layer = SparseLinear(c, 2 * latent_channels)
+
+    def _first_block(self, pyramid: Pyramid, dtype: torch.dtype, fused: bool, backend: str) -> Tensor:
+        block, fine, coarse = self.downsample[0], pyramid.grids[0], pyramid.grids[1]
+        values = pyramid.values if pyramid.values.dtype == torch.float64 else pyramid.values.float()
+        if not fused:
+            rows = values.reshape(-1)[fine.slots][:, None].to(dtype)
+            return block(self.input_layer1(rows), fine, coarse, backend)
+        norm = block.act_layers[0]
+        hidden, skip = first_stage(
+            values,
+            fine,
+            coarse,
+            self.input_layer1.weight[:, 0],
+            self.input_layer1.bias,
+            norm.weight,
+            norm.bias,
+            norm.groups,
+            norm.eps,
+        )
+        return block.after_pool(hidden.to(dtype), skip.to(dtype), coarse, backend)
+
+    def forward(
+        self,
+        pyramid: Pyramid,
+        dtype: torch.dtype,
+        *,
+        factor: float | None = None,
+        fused: bool = True,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance [M, L] (float32, or float64) of every block of the pyramid."""
+        x = self._first_block(pyramid, dtype, fused, backend)
+        for i, block in enumerate(list(self.downsample)[1:], start=1):
+            x = block(x, pyramid.grids[i], pyramid.grids[i + 1], backend)
+        topology = pyramid.topology
+        x = self.input_layer(x)
+        x = x + position_embedding(topology.coords[:, 1:], x.shape[1], factor).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, topology)
+        x = self.out_layer(layer_norm(x, 1e-5))
+        mean, logvar = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)

@@ -1,0 +1,250 @@
+"""SparseSDFVQVAE: the sparse SDF autoencoder with a vector quantizer for a bottleneck."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trellis.models.autoencoders.decoder import SparseSDFDecoder
+from trellis.models.autoencoders.encoder import SparseSDFEncoder
+from trellis.modules.quantizers import VectorQuantizer
+from trellis.modules.sparse.levels import Pyramid, Topology, blocks_from_rows, build_pyramid
+from trellis.modules.sparse.morton import slot_positions
+from trellis.utils.blocks import LATENT_STRIDE
+
+Batch = dict[str, Any]
+
+
+class SparseSDFVQVAE(nn.Module):
+    """Sparse TSDF -> one code per 8-cubed block -> TSDF of every voxel of those blocks.
+
+    Args:
+        resolution: accepted for compatibility; nothing depends on it.
+        model_channels: C, a multiple of 64. latent_channels: L (`embed_dim` is another spelling).
+        num_blocks: transformer blocks of encoder and decoder (`num_blocks_encoder`, `num_blocks_decoder` override).
+        num_embeddings: K codes.
+        num_heads: null for C / num_head_channels. mlp_ratio: hidden width of the MLP over C.
+        attn_mode: "swin". window_size: side of the attention windows in latent voxels. pe_mode: "ape".
+        use_fp16: activations of the trunk in float16 on CUDA (elsewhere float32). use_checkpoint: recompute transformer
+            blocks in the backward pass. qk_rms_norm: RMS norm of queries and keys. representation_config: null.
+        use_ema_update, ema_decay, quantizer_gradient, reseed_after: see `VectorQuantizer`.
+        fused: the fused first and last stages and the collapsed convolutions; False writes every tensor out.
+        backend: of the convolutions, see `trellis.modules.sparse.conv.functional`.
+
+    Raises:
+        ValueError: a value outside its rule.
+    """
+
+    def __init__(
+        self,
+        resolution: int = 64,
+        model_channels: int = 512,
+        latent_channels: int | None = None,
+        num_blocks: int = 4,
+        num_embeddings: int = 8192,
+        num_heads: int | None = None,
+        num_head_channels: int = 64,
+        mlp_ratio: float = 4.0,
+        attn_mode: str = "swin",
+        window_size: int = 8,
+        pe_mode: str = "ape",
+        use_fp16: bool = False,
+        use_checkpoint: bool = False,
+        qk_rms_norm: bool = False,
+        representation_config: None = None,
+        embed_dim: int | None = None,
+        num_blocks_encoder: int | None = None,
+        num_blocks_decoder: int | None = None,
+        num_heads_encoder: int | None = None,
+        num_heads_decoder: int | None = None,
+        use_ema_update: bool = False,
+        ema_decay: float = 0.99,
+        quantizer_gradient: str = "straight_through",
+        reseed_after: int = 200,
+        fused: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        arguments = {k: v for k, v in locals().items() if k in inspect.signature(type(self).__init__).parameters}
+        arguments.pop("self", None)
+        self.config = arguments
+        if model_channels <= 0 or model_channels % 64:
+            raise ValueError(f"model_channels must be a positive multiple of 64, got {model_channels}")
+        if attn_mode != "swin":
+            raise ValueError(f'attn_mode must be "swin", got {attn_mode!r}')
+        if pe_mode != "ape":
+            raise ValueError(f'pe_mode must be "ape", got {pe_mode!r}')
+        if representation_config is not None:
+            raise ValueError(f"representation_config must be null, got {representation_config!r}")
+        if None not in (latent_channels, embed_dim) and latent_channels != embed_dim:
+            raise ValueError(f"latent_channels and embed_dim name one value, got {latent_channels} and {embed_dim}")
+        latent = 16 if latent_channels is None and embed_dim is None else latent_channels or embed_dim
+        assert latent is not None
+        if window_size < 2 or window_size % 2:
+            raise ValueError(f"window_size must be even and at least 2, got {window_size}")
+        heads = num_heads or max(1, model_channels // num_head_channels)
+        common: dict[str, Any] = {
+            "model_channels": model_channels,
+            "latent_channels": latent,
+            "mlp_ratio": mlp_ratio,
+            "window_size": window_size,
+            "use_checkpoint": use_checkpoint,
+            "qk_rms_norm": qk_rms_norm,
+        }
+        self.latent_channels = latent
+        self.fused, self.backend = fused, backend
+        self.use_fp16 = use_fp16
+        self._compute_dtype: torch.dtype | None = None
+        self.encoder = SparseSDFEncoder(
+            **common,
+            num_blocks=num_blocks if num_blocks_encoder is None else num_blocks_encoder,
+            num_heads=num_heads_encoder or heads,
+        )
+        self.decoder = SparseSDFDecoder(
+            **common,
+            num_blocks=num_blocks if num_blocks_decoder is None else num_blocks_decoder,
+            num_heads=num_heads_decoder or heads,
+        )
+        self.quantizer = VectorQuantizer(
+            num_embeddings,
+            latent,
+            use_ema_update=use_ema_update,
+            ema_decay=ema_decay,
+            gradient=quantizer_gradient,
+            reseed_after=reseed_after,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform Linears with zero bias; the convolutions keep their own start. No layer starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantizer.codebook.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of the trunk's activations."""
+        if self._compute_dtype is not None:
+            return self._compute_dtype
+        weight_dtype = self.decoder.out_layer.weight.dtype
+        if self.use_fp16 and self.device.type == "cuda" and weight_dtype == torch.float32:
+            return torch.float16
+        return weight_dtype
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Fix the dtype of the trunk's activations; None: float16 for `use_fp16` on CUDA, else that of the weights."""
+        self._compute_dtype = dtype
+
+    def convert_to_fp16(self) -> None:
+        """Trunk weights to float16; the quantizer stays float32."""
+        self.encoder.half()
+        self.decoder.half()
+
+    def convert_to_fp32(self) -> None:
+        """Trunk weights to float32."""
+        self.encoder.float()
+        self.decoder.float()
+
+    # -- encoding ---------------------------------------------------------------------------------------------------
+
+    def build_pyramid(self, batch: Batch) -> Pyramid:
+        """The encoder's levels of a batch in block form or in the flat form (see `encode`), on the model's device."""
+        if "block_coords" in batch:
+            coords, values, active = (
+                batch[key].to(self.device, non_blocking=True) for key in ("block_coords", "block_sdf", "active")
+            )
+            samples = len(batch["blocks_per_sample"]) if "blocks_per_sample" in batch else None
+            return build_pyramid(coords, values, active, batch.get("level_sizes"), samples)
+        missing = [key for key in ("sparse_sdf", "sparse_index", "batch_idx") if key not in batch]
+        if missing:
+            raise ValueError(f"a batch needs block_coords, block_sdf, active, or the flat form; missing: {missing}")
+        values, index, rows = (batch[key].to(self.device) for key in ("sparse_sdf", "sparse_index", "batch_idx"))
+        return build_pyramid(*blocks_from_rows(index, rows, values))
+
+    def _encode(self, pyramid: Pyramid, factor: float | None = None) -> tuple[Tensor, Tensor]:
+        return self.encoder(pyramid, self.compute_dtype, factor=factor, fused=self.fused, backend=self.backend)
+
+    def encode(self, batch: Batch, *, factor: float | None = None) -> dict[str, Tensor]:
+        """Latents and codes of a batch.
+
+        Args:
+            batch: `sparse_sdf` float32 [N, 1], `sparse_index` int [N, 3], `batch_idx` int [N]; or the block form that
+                `trellis.datasets.sparse_sdf.collate` makes.
+            factor: multiplies the coordinates before the position embedding.
+
+        Returns:
+            `coords` int32 [M, 4] (batch, x, y, z) by sample, then Morton; `mean`, `logvar` [M, L]; `ids` int64 [M].
+        """
+        pyramid = self.build_pyramid(batch)
+        mean, logvar = self._encode(pyramid, factor)
+        ids = self.quantizer(mean).ids
+        return {"coords": pyramid.topology.coords, "mean": mean, "logvar": logvar, "ids": ids}
+
+    # -- decoding ---------------------------------------------------------------------------------------------------
+
+    def decode_blocks(self, latent: Tensor, coords: Tensor, *, factor: float | None = None) -> Tensor:
+        """[M, L] at block coordinates [M, 4] -> TSDF [M, 512] in (-1, 1), slots in Morton order."""
+        if latent.shape != (coords.shape[0], self.latent_channels):
+            raise ValueError(
+                f"latent must be [{coords.shape[0]}, {self.latent_channels}], got {list(latent.shape)}"
+            )
+        topology = Topology(coords.to(self.device))
+        return self._decode(latent.to(self.device), topology, factor)
+
+    def _decode(self, latent: Tensor, topology: Topology, factor: float | None = None) -> Tensor:
+        return self.decoder(
+            latent, topology, self.compute_dtype, factor=factor, fused=self.fused, backend=self.backend
+        )
+
+    def decode_latent(self, latent: Tensor, coords: Tensor, *, factor: float | None = None) -> tuple[Tensor, Tensor]:
+        """Decode latents [M, L] at [M, 4] without quantizing: sdf [512 M, 1] and voxel coords int32 [512 M, 4]."""
+        values = self.decode_blocks(latent, coords, factor=factor)
+        coords = coords.to(self.device)
+        offsets = slot_positions(LATENT_STRIDE).to(coords)
+        voxels = coords[:, None, 1:] * LATENT_STRIDE + offsets
+        batch = coords[:, None, :1].expand(-1, offsets.shape[0], 1)
+        return values.view(-1, 1), torch.cat([batch, voxels], dim=2).view(-1, 4).int()
+
+    def decode_ids(self, ids: Tensor, coords: Tensor, *, factor: float | None = None) -> tuple[Tensor, Tensor]:
+        """Decode codes [M] at [M, 4]; returns as `decode_latent`. ValueError for ids outside the codebook."""
+        return self.decode_latent(self.quantizer.lookup(ids.to(self.device)), coords, factor=factor)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> dict[str, Tensor | None]:
+        """Encode, quantize, decode.
+
+        Returns:
+            `sdf` float32 [M, 512] in Morton order; `ids` int64 [M]; `codebook_rows` float32 [M] or None (codebook by
+            moving averages); `commitment_rows` float32 [M]; `latent` float32 [M, L], before quantization.
+        """
+        pyramid = self.build_pyramid(batch)
+        latent, _ = self._encode(pyramid)
+        quantized = self.quantizer(latent)
+        return {
+            "sdf": self._decode(quantized.values, pyramid.topology),
+            "ids": quantized.ids,
+            "codebook_rows": quantized.codebook_rows,
+            "commitment_rows": quantized.commitment_rows,
+            "latent": latent,
+        }
+
+    @torch.no_grad()
+    def initialize_codebook(self, batches: Iterable[Batch], seed: int = 0) -> None:
+        """Set the codebook by k-means over the latents of some batches (of all ranks)."""
+        was_training = self.training
+        self.eval()
+        rows = [self._encode(self.build_pyramid(batch))[0].float() for batch in batches]
+        self.train(was_training)
+        if not rows:
+            raise ValueError("initialize_codebook needs at least one batch")
+        self.quantizer.initialize(torch.cat(rows), seed)

@@ -1,0 +1,202 @@
+"""Weights: folders that `save_pretrained` writes, and Direct3D-S2's autoencoder weights into our model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
+from trellis.utils.io_utils import atomic_write, write_json
+
+PREFIXES = ("module.", "vae.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every tensor.
+
+    Attributes:
+        loaded: names taken from the file. new: names of the model that the file does not have (the codebook).
+        mismatched: lines "name: why" for tensors of the file that do not fit the model.
+        fitting_config: the model arguments that the file was made with, as far as its shapes tell.
+    """
+
+    loaded: list[str]
+    new: list[str]
+    mismatched: list[str]
+    fitting_config: dict[str, int] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [f"{len(self.loaded)} tensors loaded, {len(self.new)} new, {len(self.mismatched)} do not fit"]
+        if self.new:
+            lines.append("new: " + ", ".join(self.new))
+        lines += [f"does not fit: {line}" for line in self.mismatched]
+        if self.mismatched:
+            lines.append(f"the file fits a config with {json.dumps(self.fitting_config)}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class PretrainedMismatch(ValueError):
+    """Weights that do not fit; `report` says which and what would fit."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a `.ckpt` ({"vae": ...}), `.pth`/`.pt` or `.safetensors`, prefixes stripped. Nothing is unpickled
+    beyond tensors and plain containers.
+
+    Raises:
+        ValueError: no such file, an unknown suffix, a damaged file, or one without tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the path of a .ckpt, .pth, .pt or .safetensors file, or null")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        elif path.suffix in (".ckpt", ".pth", ".pt", ".bin"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise ValueError(f"{path}: weights must be .ckpt, .pth, .pt, .bin or .safetensors, got {path.suffix!r}")
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable weights file (damaged, or not only tensors): {reason}") from None
+    for key in ("vae", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a state dict is needed, got {type(content).__name__}")
+    tensors = {_strip(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors; keys: {sorted(content)[:8]}")
+    return tensors
+
+
+def _strip(name: str) -> str:
+    changed = True
+    while changed:
+        changed = False
+        for prefix in PREFIXES:
+            if name.startswith(prefix):
+                name, changed = name[len(prefix) :], True
+    return name
+
+
+def _fitting_config(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Channels, latent size and blocks that a file's shapes tell."""
+    config: dict[str, int] = {}
+    if "encoder.input_layer.weight" in tensors:
+        config["model_channels"] = tensors["encoder.input_layer.weight"].shape[0]
+    if "decoder.input_layer.weight" in tensors:
+        config["latent_channels"] = tensors["decoder.input_layer.weight"].shape[1]
+    for part in ("encoder", "decoder"):
+        numbers = {
+            int(name.split(".")[2]) for name in tensors if name.startswith(f"{part}.blocks.")
+        }
+        if numbers:
+            config[f"num_blocks_{part}"] = max(numbers) + 1
+    if config.get("num_blocks_encoder") == config.get("num_blocks_decoder") and "num_blocks_encoder" in config:
+        config["num_blocks"] = config.pop("num_blocks_encoder")
+        config.pop("num_blocks_decoder")
+    if "quantizer.codebook" in tensors:
+        config["num_embeddings"] = tensors["quantizer.codebook"].shape[0]
+    return config
+
+
+def load_direct3d(model: SparseSDFVQVAE, path: str | Path, partial: bool = False) -> Report:
+    """Load Direct3D-S2 autoencoder weights (or a VQ-VAE's own) into `model`; all that fits, or nothing.
+
+    Tensors that the model has and the file has not may only be the quantizer's; anything else that is missing, left over
+    or of another shape is a misfit.
+
+    Args:
+        partial: load what fits and report the rest, instead of refusing.
+
+    Raises:
+        PretrainedMismatch: something does not fit and `partial` is false; the model is unchanged.
+        ValueError: the file cannot be read.
+    """
+    tensors = read_state_dict(path)
+    own = model.state_dict()
+    loaded, mismatched = [], []
+    for name, value in sorted(tensors.items()):
+        if name not in own:
+            mismatched.append(f"{name}: the model has no such tensor, the file's is {list(value.shape)}")
+        elif own[name].shape != value.shape:
+            mismatched.append(f"{name}: the model's is {list(own[name].shape)}, the file's {list(value.shape)}")
+        elif not bool(torch.isfinite(value.float()).all()):
+            mismatched.append(f"{name}: the file's values are not finite")
+        else:
+            loaded.append(name)
+    absent = [name for name in own if name not in tensors]
+    new = [name for name in absent if name.startswith("quantizer.")]
+    mismatched += [f"{name}: not in the file" for name in absent if not name.startswith("quantizer.")]
+    report = Report(loaded, new, mismatched, _fitting_config(tensors))
+    if (mismatched and not partial) or not loaded:
+        raise PretrainedMismatch(
+            f"{path}: does not fit this model, and nothing was loaded (pretrained_partial: true loads what fits)\n"
+            + report.text(),
+            report,
+        )
+    with torch.no_grad():
+        for name in loaded:
+            own[name].copy_(tensors[name])
+        if "quantizer.codebook" in loaded and "quantizer.initialized" not in loaded:
+            model.quantizer.initialized.fill_(True)
+    return report
+
+
+def save_pretrained(model: SparseSDFVQVAE, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`: a published model."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with atomic_write(folder / "model.safetensors") as stream:
+        stream.write(save(tensors))
+    write_json(folder / "config.json", {"name": type(model).__name__, "args": model.config})
+
+
+def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> SparseSDFVQVAE:
+    """The model of a published folder, in evaluation mode.
+
+    Raises:
+        ValueError: a missing or damaged file, or weights that do not fit the config.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable model config: {error}") from None
+    if not isinstance(config, dict) or config.get("name") != SparseSDFVQVAE.__name__ or "args" not in config:
+        raise ValueError(f'{path}: must hold "name": "{SparseSDFVQVAE.__name__}" and "args"')
+    try:
+        model = SparseSDFVQVAE(**config["args"])
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    weights = folder / "model.safetensors"
+    tensors = read_state_dict(weights)
+    wrong = sorted(set(tensors) ^ set(model.state_dict()))
+    if wrong:
+        raise ValueError(f"{weights}: tensors do not match the config's model: {wrong[:5]}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{weights}: {error}") from None
+    return model.to(device).eval()

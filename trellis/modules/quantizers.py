@@ -1,0 +1,287 @@
+"""Quantizers on rows [N, L]; they know nothing of voxels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+SCORE_BYTES = 64 << 20
+"""Bound of one chunk of the row-to-code scores: never [N, K] at once."""
+MAX_POOL_ROWS = 1 << 16
+"""Rows of a step that are kept as seeds for unused codes."""
+GRADIENTS = ("straight_through", "rotation")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantizer returns for rows [N, L].
+
+    Attributes:
+        values: [N, L] float32, the codes, with the gradient handed to the rows.
+        ids: [N] int64.
+        codebook_rows: [N] float32, mean over channels of (code - sg(row))^2; None where no gradient trains the codebook.
+        commitment_rows: [N] float32, mean over channels of (row - sg(code))^2.
+    """
+
+    values: Tensor
+    ids: Tensor
+    codebook_rows: Tensor | None
+    commitment_rows: Tensor
+
+
+@dataclass(frozen=True)
+class CommitReport:
+    """One optimizer step: `counts` int64 [K], rows of all ranks per code; `reseeded` int64 [r], codes moved to data."""
+
+    counts: Tensor
+    reseeded: Tensor
+
+
+@dataclass
+class _Pending:
+    counts: Tensor
+    sums: Tensor | None
+    rows: list[Tensor] = field(default_factory=list)
+
+
+def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Index [N] int64 of the nearest code (Euclidean) of rows [N, L] among [K, L], in float32, in chunks."""
+    rows, codebook = rows.detach().float(), codebook.detach().float()
+    half_norm = 0.5 * codebook.square().sum(1)
+    step = max(1, SCORE_BYTES // (4 * codebook.shape[0]))
+    out = torch.empty(rows.shape[0], dtype=torch.long, device=rows.device)
+    for start in range(0, rows.shape[0], step):
+        out[start : start + step] = torch.addmm(half_norm, rows[start : start + step], codebook.t(), alpha=-1).argmin(1)
+    return out
+
+
+def rotate(rows: Tensor, codes: Tensor) -> Tensor:
+    """Codes whose gradient to the rows is the rotation and rescaling that takes each row to its code.
+
+    The rotation trick (Fifty et al., 2024, arXiv:2410.06424): with unit vectors e of the row and q of the code and
+    r = (e + q) / |e + q|, the output is |code| / |row| (row - 2 (row . r) r + 2 (row . e) q), all but `row` constant.
+
+    Args:
+        rows, codes: [N, L].
+    """
+    with torch.no_grad():
+        e, q = F.normalize(rows, dim=1, eps=1e-6), F.normalize(codes, dim=1, eps=1e-6)
+        r = F.normalize(e + q, dim=1, eps=1e-6)
+        scale = codes.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    turned = rows - 2 * (rows * r).sum(1, keepdim=True) * r + 2 * (rows * e).sum(1, keepdim=True) * q
+    return turned * scale
+
+
+def kmeans(rows: Tensor, num_codes: int, *, seed: int, iterations: int = 20) -> Tensor:
+    """Lloyd's k-means from a random subset of the rows; a centre that loses all rows moves to a far row.
+
+    Args:
+        rows: [N, L]. With fewer rows than codes, rows are repeated with noise of 1 % of their spread.
+
+    Returns:
+        [num_codes, L] float32.
+
+    Raises:
+        ValueError: no rows, or rows that are not finite.
+    """
+    rows = rows.detach().float()
+    if rows.shape[0] == 0 or not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"k-means needs at least one row and finite values, got {rows.shape[0]} rows")
+    generator = torch.Generator().manual_seed(seed)
+    n = rows.shape[0]
+    order = torch.randperm(n, generator=generator).to(rows.device)
+    if n < num_codes:
+        copies = order.repeat(-(-num_codes // n))[:num_codes]
+        noise = torch.randn(num_codes, rows.shape[1], generator=generator).to(rows.device)
+        noise[:n] = 0
+        return rows[copies] + 0.01 * rows.std(0, correction=0) * noise
+    centres = rows[order[:num_codes]].clone()
+    for _ in range(iterations):
+        ids = nearest_code(rows, centres)
+        counts = torch.bincount(ids, minlength=num_codes)
+        sums = torch.zeros_like(centres).index_add_(0, ids, rows)
+        used = counts > 0
+        centres = torch.where(used[:, None], sums / counts.clamp_min(1)[:, None], centres)
+        empty = torch.nonzero(~used)[:, 0]
+        if empty.numel():
+            error = (rows - centres[ids]).square().sum(1)
+            centres[empty] = rows[error.topk(empty.numel()).indices]
+    return centres
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantizer with a codebook trained by gradient or by moving averages.
+
+    Statistics of a step (which rows fell on which code) collect over its micro-batches and take effect in `commit`, once
+    per optimizer step and reduced over ranks, so that all ranks hold bit-identical codebooks; `discard` drops those of a
+    skipped step.
+
+    Args:
+        num_embeddings: K. dim: L.
+        use_ema_update: moving averages instead of a gradient (van den Oord et al., 2017, appendix A.1).
+        ema_decay: per committed step.
+        gradient: "straight_through" or "rotation".
+        reseed_after: a code that no row chose for this many steps moves to a row of the current step; 0 for never.
+        seed: of the draw of those rows.
+    """
+
+    codebook: Tensor
+    initialized: Tensor
+    ema_count: Tensor
+    ema_sum: Tensor
+    unused_steps: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        dim: int,
+        *,
+        use_ema_update: bool = False,
+        ema_decay: float = 0.99,
+        gradient: str = "straight_through",
+        reseed_after: int = 200,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_embeddings < 2 or dim < 1:
+            raise ValueError(f"num_embeddings must be at least 2 and dim at least 1, got {num_embeddings} and {dim}")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+        self.num_embeddings, self.dim = num_embeddings, dim
+        self.use_ema_update, self.ema_decay = use_ema_update, ema_decay
+        self.gradient, self.reseed_after, self.seed = gradient, reseed_after, seed
+        codebook = torch.randn(num_embeddings, dim) / dim**0.5
+        if use_ema_update:
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("ema_count", torch.ones(num_embeddings))
+            self.register_buffer("ema_sum", codebook.clone())
+        else:
+            self.codebook = nn.Parameter(codebook)
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("unused_steps", torch.zeros(num_embeddings, dtype=torch.long))
+        self._pending: _Pending | None = None
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Codes [N, L] float32 of ids [N]; ValueError for an id outside [0, K)."""
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_embeddings):
+            raise ValueError(
+                f"ids must lie in [0, {self.num_embeddings}), got [{int(ids.min())}, {int(ids.max())}]"
+            )
+        return F.embedding(ids.long(), self.codebook)
+
+    def forward(self, rows: Tensor) -> Quantized:
+        """Quantize rows [N, L]; in training mode also collect the step's statistics."""
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise ValueError(f"rows must be [N, {self.dim}], got {list(rows.shape)}")
+        rows = rows.float()
+        ids = nearest_code(rows, self.codebook)
+        codes = F.embedding(ids, self.codebook)
+        fixed = codes.detach()
+        if not rows.requires_grad:
+            values = fixed
+        elif self.gradient == "rotation":
+            values = rotate(rows, fixed)
+        else:
+            values = rows + (fixed - rows).detach()
+        codebook_rows = None if self.use_ema_update else (codes - rows.detach()).square().mean(1)
+        if self.training:
+            self._collect(rows.detach(), ids)
+        return Quantized(values, ids, codebook_rows, (rows - fixed).square().mean(1))
+
+    def _collect(self, rows: Tensor, ids: Tensor) -> None:
+        if self._pending is None:
+            zeros = torch.zeros(self.num_embeddings, dtype=torch.long, device=rows.device)
+            sums = torch.zeros(self.codebook.shape, device=rows.device) if self.use_ema_update else None
+            self._pending = _Pending(zeros, sums)
+        pending = self._pending
+        pending.counts += torch.bincount(ids, minlength=self.num_embeddings)
+        if pending.sums is not None:
+            pending.sums.index_add_(0, ids, rows)
+        kept = sum(r.shape[0] for r in pending.rows)
+        if self.reseed_after and kept < MAX_POOL_ROWS:
+            pending.rows.append(rows[: MAX_POOL_ROWS - kept])
+
+    def discard(self) -> None:
+        """Forget the statistics of a step that was skipped."""
+        self._pending = None
+
+    @torch.no_grad()
+    def commit(self, step: int) -> CommitReport:
+        """Apply the statistics of one optimizer step; collective over ranks.
+
+        Args:
+            step: number of the optimizer step; seeds the choice of rows for unused codes.
+
+        Raises:
+            RuntimeError: no forward in training mode came before.
+        """
+        if self._pending is None:
+            raise RuntimeError("commit needs a forward pass in training mode since the last commit or discard")
+        pending, self._pending = self._pending, None
+        if _world_size() > 1:
+            dist.all_reduce(pending.counts)
+            if pending.sums is not None:
+                dist.all_reduce(pending.sums)
+        if pending.sums is not None:
+            self.ema_count.mul_(self.ema_decay).add_(pending.counts, alpha=1 - self.ema_decay)
+            self.ema_sum.mul_(self.ema_decay).add_(pending.sums, alpha=1 - self.ema_decay)
+            self.codebook.copy_(self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None])
+        self.unused_steps.add_(1)
+        self.unused_steps[pending.counts > 0] = 0
+        return CommitReport(pending.counts, self._reseed(pending, step))
+
+    def _reseed(self, pending: _Pending, step: int) -> Tensor:
+        none = torch.empty(0, dtype=torch.long, device=self.codebook.device)
+        if not self.reseed_after:
+            return none
+        dead = torch.nonzero(self.unused_steps >= self.reseed_after)[:, 0]
+        if dead.numel() == 0:
+            return none
+        pool = gather_rows(torch.cat(pending.rows))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
+        chosen = torch.randperm(pool.shape[0], generator=generator)[: dead.numel()]
+        dead = dead[: chosen.numel()]
+        seeds = pool[chosen.to(pool.device)]
+        self.codebook[dead] = seeds
+        self.unused_steps[dead] = 0
+        if self.use_ema_update:
+            self.ema_count[dead] = 1
+            self.ema_sum[dead] = seeds
+        return dead
+
+    @torch.no_grad()
+    def initialize(self, rows: Tensor, seed: int = 0) -> None:
+        """k-means over the rows [n, L] of all ranks; every rank ends with rank 0's codebook."""
+        centres = kmeans(gather_rows(rows.detach().float()), self.num_embeddings, seed=seed)
+        if _world_size() > 1:
+            dist.broadcast(centres, src=0)
+        self.codebook.copy_(centres)
+        if self.use_ema_update:
+            self.ema_count.fill_(1)
+            self.ema_sum.copy_(centres)
+        self.unused_steps.zero_()
+        self.initialized.fill_(True)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows [n, L] of all ranks, rank after rank; the ranks' n may differ."""
+    if _world_size() == 1:
+        return rows
+    length = torch.tensor([rows.shape[0]], device=rows.device)
+    lengths = [torch.empty_like(length) for _ in range(_world_size())]
+    dist.all_gather(lengths, length)
+    longest = max(int(n) for n in lengths)
+    padded = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], rows.shape[1])])
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths)])

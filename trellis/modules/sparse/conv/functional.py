@@ -1,0 +1,159 @@
+"""Sparse convolutions with gradients: validation, the choice of a backend, and autograd.
+
+Backends: "reference" (slow oracle), "cpu" (gather + GEMM in chunks, plain torch), "triton" (CUDA kernels).
+"auto" takes "triton" for CUDA tensors where Triton is installed and "cpu" otherwise. A backend asked for by name that
+cannot run is an error, never a fallback.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trellis.modules.sparse.conv import cpu, reference
+from trellis.modules.sparse.conv.collapse import collapse_weight
+from trellis.modules.sparse.levels import Grid
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that will run for tensors on `device`; ValueError for an unknown or unusable one."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "cpu"
+    if backend == "triton":
+        raise ValueError("backend 'triton' is not available in this version; use 'auto' or 'cpu'")
+    return backend
+
+
+def _check(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> None:
+    if feats.ndim != 2 or feats.shape[0] != grid.num_rows:
+        raise ValueError(f"feats must be [{grid.num_rows}, in] on this grid, got {list(feats.shape)}")
+    if weight.ndim != 3 or weight.shape[0] != 27 or weight.shape[1] != feats.shape[1]:
+        raise ValueError(f"weight must be [27, {feats.shape[1]}, out], got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[2:]:
+        raise ValueError(f"bias must be [{weight.shape[2]}], got {list(bias.shape)}")
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+        ctx.save_for_backward(feats, weight)
+        ctx.grid = grid
+        return cpu.conv_forward(feats, weight, bias, grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        feats, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad = grad.contiguous()
+        grad_input, grad_weight = cpu.conv_backward(grad, feats, weight, ctx.grid, need_input, need_weight)
+        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None
+
+
+class _SubdivideConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+        ctx.save_for_backward(feats, collapsed)
+        ctx.grid = grid
+        return cpu.subdivide_conv_forward(feats, collapsed, bias, grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        feats, collapsed = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad = grad.contiguous()
+        grad_input, grad_weight = cpu.subdivide_conv_backward(
+            grad, feats, collapsed, ctx.grid, need_input, need_weight
+        )
+        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None
+
+
+class _ToScalar(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, grid: Grid
+    ) -> Tensor:
+        values = cpu.to_scalar_forward(feats, collapsed, bias, out_weight, out_bias, grid)
+        ctx.save_for_backward(feats, collapsed, bias, out_weight, values)
+        ctx.grid = grid
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        feats, collapsed, bias, out_weight, values = ctx.saved_tensors
+        return *cpu.to_scalar_backward(grad, values, feats, collapsed, bias, out_weight, ctx.grid), None
+
+
+def submanifold_conv3d(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, *, backend: str = "auto"
+) -> Tensor:
+    """3x3x3 convolution with outputs only where there are inputs.
+
+    Args:
+        feats: [N, in] on `grid`; weight: [27, in, out], tap k reads offset (dx, dy, dz) with
+            k = 9 (dz+1) + 3 (dy+1) + (dx+1); bias: [out] or None. One dtype.
+
+    Returns:
+        [N, out]
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot run.
+    """
+    _check(feats, weight, bias, grid)
+    if resolve_backend(backend, feats.device) == "reference":
+        return reference.submanifold_conv3d(feats, weight, bias, grid.neighbours)
+    return _Convolution.apply(feats, weight, bias, grid)
+
+
+def subdivide_conv3d(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, *, backend: str = "auto"
+) -> Tensor:
+    """Subdivide every voxel of `grid` into 8 copies, then a 3x3x3 convolution on the children, as 2x2x2 parents each.
+
+    Args:
+        feats: [N, in] on the dense parent grid; weight: [27, in, out]; bias: [out] or None.
+
+    Returns:
+        [8 N, out], row 8 n + 4 px + 2 py + pz for the child of parity (px, py, pz).
+
+    Raises:
+        ValueError: shapes that do not fit, a grid with missing voxels, or a backend that cannot run.
+    """
+    _check(feats, weight, bias, grid)
+    if resolve_backend(backend, feats.device) == "reference":
+        return reference.subdivide_conv3d(feats, weight, bias, grid.neighbours)
+    return _SubdivideConvolution.apply(feats, collapse_weight(weight), bias, grid)
+
+
+def subdivide_conv_to_scalar(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    grid: Grid,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """tanh(Linear(SiLU(subdivide_conv3d(x)))), straight from parents to one value per child; the backward recomputes.
+
+    Args:
+        feats: [N, in]; weight: [27, in, out]; bias: [out]; out_weight: [1, out]; out_bias: [1].
+
+    Returns:
+        [N, 8] float32 (float64 for float64 input), children in the order of `subdivide_conv3d`.
+    """
+    _check(feats, weight, bias, grid)
+    if resolve_backend(backend, feats.device) == "reference":
+        values = reference.subdivide_conv_to_scalar(feats, weight, bias, out_weight, out_bias, grid.neighbours)
+        return values.view(-1, 8).to(torch.promote_types(feats.dtype, torch.float32))
+    return _ToScalar.apply(feats, collapse_weight(weight), bias, out_weight, out_bias, grid)
