@@ -1,0 +1,263 @@
+"""SparseSDFTokenizer: a shape to tokens, and tokens back to a shape in its own millimetres, from one checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trellis.pipelines.checkpoints import load_model
+from trellis.pipelines.token_files import Tokens, load_tokens, tensors_hash
+from trellis.utils.blocks import BAND_VOXELS, STORAGE_BLOCK, SparseSDFBlocks, c_to_morton_permutation, check_resolution
+from trellis.utils.io_utils import load_sparse_sdf
+
+Shape = SparseSDFBlocks | str | Path | tuple[np.ndarray, np.ndarray]
+
+
+class SparseSDFTokenizer:
+    """Turns shapes into tokens and tokens into shapes with one trained model.
+
+    Args:
+        model: a `SparseSDFVQVAE`; put into eval mode and moved to `device`.
+        resolution: the resolution that meshes are sampled at when `encode` is not told one; None: it must be told.
+        device: "cpu", "cuda", "cuda:1" or a torch.device.
+        compute_dtype: dtype of the network's activations; None is float32 on a CPU and float16 on CUDA. The quantizer
+            always works in float32. Tokens made in float16 may differ in few codes from those made in float32.
+
+    Example:
+        >>> tokenizer = SparseSDFTokenizer.from_pretrained("runs/liver")
+        >>> tokens = tokenizer.encode("liver.stl")
+        >>> vertices, faces = tokenizer.decode_mesh(tokens)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        resolution: int | None = None,
+        device: str | torch.device = "cpu",
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.resolution = None if resolution is None else check_resolution(resolution)
+        self.device = torch.device(device)
+        # Before the move and any change of dtype: the hash is of the weights as they are stored.
+        self.model_hash = model_hash(model)
+        self.model = model.eval().to(self.device)
+        if compute_dtype is None:
+            compute_dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.model.set_compute_dtype(compute_dtype)
+        self._to_morton = torch.from_numpy(c_to_morton_permutation()).to(self.device)
+        self._to_c_order = torch.argsort(self._to_morton)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        ema: bool = True,
+        resolution: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> SparseSDFTokenizer:
+        """The tokenizer of a run folder, a checkpoint file, a published folder or a hub id.
+
+        Args:
+            source: a run folder (its newest valid checkpoint), a `.safetensors` file of a run, a folder of
+                config.json and model.safetensors, or, when no such path exists, an id `owner/name` of the hub.
+            device: None is "cuda" where there is one, else "cpu".
+            ema: take the averaged weights of a run.
+            resolution: overrides the resolution that the run was trained at.
+
+        Raises:
+            ValueError: nothing usable under `source`, weights that do not fit, or a device that is not there.
+        """
+        device = resolve_device(device)
+        model, trained_at = load_model(source, ema=ema)
+        return cls(model, resolution=resolution or trained_at, device=device, compute_dtype=compute_dtype)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes an id may take."""
+        return int(self.model.quantizer.num_embeddings)
+
+    @property
+    def quantizer_name(self) -> str:
+        """Kind of quantizer, as written to token files."""
+        return str(getattr(self.model.quantizer, "kind", "vq"))
+
+    def encode(
+        self,
+        shape: Shape,
+        *,
+        resolution: int | None = None,
+        label: str | None = None,
+        sha256: str = "",
+        mesh_space: str = "LPS",
+    ) -> Tokens:
+        """Tokens of one shape.
+
+        Args:
+            shape: blocks; a path of a prepared `.npz` or of a mesh file; or (vertices [V, 3] RAS mm, faces [F, 3]).
+            resolution: grid of a mesh; a prepared shape has its own, and this then only has to agree with it.
+            label, sha256: written into the tokens; a prepared shape brings its own label.
+            mesh_space: "LPS" or "RAS", the space of a mesh file that does not say.
+
+        Raises:
+            ValueError: unreadable or unsuitable input, no resolution known, or a shape without a block.
+        """
+        blocks = self.read_shape(shape, resolution=resolution, mesh_space=mesh_space)
+        ids = self.encode_blocks(blocks)
+        return Tokens(
+            ids=ids,
+            block_index=blocks.block_index,
+            to_world=blocks.to_world,
+            resolution=blocks.resolution,
+            band_voxels=blocks.band_voxels,
+            label=blocks.label if label is None else label,
+            sha256=sha256,
+            quantizer=self.quantizer_name,
+            codebook_size=self.codebook_size,
+            model_hash=self.model_hash,
+        )
+
+    def read_shape(
+        self, shape: Shape, *, resolution: int | None = None, mesh_space: str = "LPS"
+    ) -> SparseSDFBlocks:
+        """The sparse SDF of whatever `encode` takes."""
+        wanted = None if resolution is None else check_resolution(resolution)
+        if isinstance(shape, (str, Path)) and Path(shape).suffix.lower() == ".npz":
+            shape = load_sparse_sdf(shape)
+        if isinstance(shape, SparseSDFBlocks):
+            if wanted is not None and shape.resolution != wanted:
+                raise ValueError(f"resolution {wanted} was asked for, but the prepared shape has {shape.resolution}")
+            return shape
+        wanted = wanted or self.resolution
+        if wanted is None:
+            raise ValueError("resolution must be given: this model does not say which one it was trained at")
+        from trellis.geometry.sdf import mesh_to_sparse_sdf
+
+        if isinstance(shape, (str, Path)):
+            from trellis.utils.mesh_repair import clean_mesh
+            from trellis.utils.mesh_utils import read_mesh
+
+            mesh = read_mesh(shape, mesh_space=mesh_space)
+            try:
+                vertices, faces, _ = clean_mesh(mesh.vertices, mesh.faces)
+            except ValueError as error:
+                raise ValueError(f"{shape}: {error}") from None
+        else:
+            vertices, faces = shape
+        device = "cuda" if self.device.type == "cuda" else "cpu"
+        return mesh_to_sparse_sdf(vertices, faces, wanted, band_voxels=BAND_VOXELS, device=device)
+
+    @torch.inference_mode()
+    def encode_blocks(self, blocks: SparseSDFBlocks) -> np.ndarray:
+        """Codes int32 [M] (or [M, q]) of the blocks of one shape, in their order."""
+        from trellis.datasets.sparse_sdf import collate, sample_from_blocks
+
+        if blocks.num_blocks == 0:
+            raise ValueError("a shape without blocks has no tokens")
+        batch = collate([sample_from_blocks(blocks)])
+        ids = self.model.encode(move_batch(batch, self.device))["ids"]
+        return ids.to(torch.int32).cpu().numpy()
+
+    def decode(self, tokens: Tokens | str | Path) -> SparseSDFBlocks:
+        """The decoded TSDF, blocks in Morton order, float16.
+
+        Raises:
+            ValueError: an unreadable file, or tokens that another model made.
+        """
+        if not isinstance(tokens, Tokens):
+            path = tokens
+            tokens = load_tokens(path)
+            try:
+                self.check(tokens)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        else:
+            self.check(tokens)
+        return SparseSDFBlocks(
+            block_index=tokens.block_index,
+            block_sdf=self._decode_ids(tokens),
+            to_world=tokens.to_world,
+            resolution=tokens.resolution,
+            band_voxels=tokens.band_voxels,
+            label=tokens.label,
+        )
+
+    def decode_mesh(self, tokens: Tokens | str | Path) -> tuple[np.ndarray, np.ndarray]:
+        """The decoded surface: vertices float64 [V, 3], RAS mm (grid space without `to_world`), faces int64 [F, 3]."""
+        from trellis.geometry.isosurface import extract_mesh
+
+        return extract_mesh(self.decode(tokens))
+
+    def check(self, tokens: Tokens) -> None:
+        """ValueError unless this model made the tokens."""
+        if tokens.model_hash != self.model_hash:
+            raise ValueError(
+                f"the tokens were made by another model (its hash {tokens.model_hash[:12] or 'missing'}, this one has "
+                f"{self.model_hash[:12]}); decode them with the checkpoint that encoded them"
+            )
+
+    @torch.inference_mode()
+    def _decode_ids(self, tokens: Tokens) -> np.ndarray:
+        """Block values float16 [M, 8, 8, 8] in C order; inside stays inside when float16 rounds to zero."""
+        m = len(tokens.ids)
+        shape = (m, *(STORAGE_BLOCK,) * 3)
+        if m == 0:
+            return np.zeros(shape, dtype=np.float16)
+        ids = torch.from_numpy(tokens.ids).to(self.device, torch.int64)
+        coords = torch.zeros((m, 4), dtype=torch.int32)
+        coords[:, 1:] = torch.from_numpy(tokens.block_index.astype(np.int32))
+        rows = self.model.quantizer.lookup(ids)
+        sdf = self.model.decode_blocks(rows, coords.to(self.device))
+        return to_float16(sdf)[:, self._to_c_order].cpu().numpy().reshape(shape)
+
+
+def to_float16(sdf: torch.Tensor) -> torch.Tensor:
+    """float16 of SDF values; a value that would round to zero keeps its sign, so that inside (v < 0) stays inside."""
+    half = sdf.to(torch.float16)
+    smallest = torch.finfo(torch.float16).smallest_normal * 2.0**-10
+    return torch.where((half == 0) & (sdf < 0), torch.full_like(half, -smallest), half)
+
+
+def model_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over the decoder's and codebook's tensors: what fixes the meaning of a token."""
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith("decoder.") or name.startswith("quantizer.codebook")
+    }
+    return tensors_hash(tensors)
+
+
+def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`; lists and numbers stay, and `to_world` (float64) stays on the CPU."""
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) and key != "to_world" else value
+        for key, value in batch.items()
+    }
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """A torch.device that is there; None picks CUDA where there is one.
+
+    Raises:
+        ValueError: an unknown device, or CUDA asked for by name on a machine without it.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {str(device)!r} was asked for and PyTorch {torch.__version__} finds {torch.cuda.device_count()} "
+            "CUDA devices here; see trellis-vqvae doctor"
+        )
+    return chosen
