@@ -122,8 +122,8 @@ def _fitting_config(tensors: dict[str, Tensor]) -> dict[str, int]:
 def load_direct3d(model: SparseSDFVQVAE, path: str | Path, partial: bool = False) -> Report:
     """Load Direct3D-S2 autoencoder weights (or a VQ-VAE's own) into `model`; all that fits, or nothing.
 
-    Tensors that the model has and the file has not may only be the quantizer's; anything else that is missing, left over
-    or of another shape is a misfit.
+    Only the quantizer's tensors may be absent from the file; anything else that is missing, left over or of another
+    shape is a misfit.
 
     Args:
         partial: load what fits and report the rest, instead of refusing.

@@ -23,7 +23,7 @@ class Quantized:
     Attributes:
         values: [N, L] float32, the codes, with the gradient handed to the rows.
         ids: [N] int64.
-        codebook_rows: [N] float32, mean over channels of (code - sg(row))^2; None where no gradient trains the codebook.
+        codebook_rows: [N] float32, mean over channels of (code - sg(row))^2; None where moving averages train it.
         commitment_rows: [N] float32, mean over channels of (row - sg(code))^2.
     """
 
@@ -116,9 +116,9 @@ def kmeans(rows: Tensor, num_codes: int, *, seed: int, iterations: int = 20) -> 
 class VectorQuantizer(nn.Module):
     """Nearest-code quantizer with a codebook trained by gradient or by moving averages.
 
-    Statistics of a step (which rows fell on which code) collect over its micro-batches and take effect in `commit`, once
-    per optimizer step and reduced over ranks, so that all ranks hold bit-identical codebooks; `discard` drops those of a
-    skipped step.
+    Statistics of a step (which rows fell on which code) collect over its micro-batches and take effect in `commit`,
+    once per optimizer step and reduced over ranks, so that all ranks hold bit-identical codebooks; `discard` drops
+    those of a skipped step.
 
     Args:
         num_embeddings: K. dim: L.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,11 +37,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Ten
 def _has_varlen(q: Tensor) -> bool:
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tensor:

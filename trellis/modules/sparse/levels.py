@@ -1,8 +1,8 @@
 """The pyramid of one batch: which voxels exist at each stride, and who neighbours whom.
 
-Built once per batch and shared by every layer of a level. Blocks are the latent voxels (stride 8). A level keeps, for each
-block, the slots of its side^3 voxels that exist, in Morton order, so that siblings are adjacent; a neighbour is found
-through one [M, 27] table of blocks plus arithmetic, without a hash table.
+Built once per batch and shared by every layer of a level. Blocks are the latent voxels (stride 8). A level keeps, for
+each block, the slots of its side^3 voxels that exist, in Morton order, so that siblings are adjacent; a neighbour is
+found through one [M, 27] table of blocks plus arithmetic, without a hash table.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Topology:
     """Blocks of one batch and the tables derived from them.
 
     Args:
-        coords: [M, 4] integers (batch, x, y, z) of the latent grid; no row twice. Order is free, but norms need the rows
-            of a sample to be contiguous and samples in ascending order.
+        coords: [M, 4] integers (batch, x, y, z) of the latent grid; no row twice. Order is free, but norms need the
+            rows of a sample to be contiguous and samples in ascending order.
         num_samples: batch size; read off the coordinates when None.
     """
 

@@ -1,7 +1,7 @@
 """The 8-tap form of a 3x3x3 convolution that follows a subdivision.
 
-All 8 children of a voxel are copies of it. Child parity p and tap offset d read the parent at floor((p + d) / 2): per axis
-p = 0 reads parents -1, 0, 0 and p = 1 reads 0, 0, +1. So each of the 8 children sees 2x2x2 parents, with summed weights.
+All 8 children of a voxel are copies of it. Child parity p and tap offset d read the parent at floor((p + d) / 2): per
+axis p = 0 reads parents -1, 0, 0 and p = 1 reads 0, 0, +1. So each child sees 2x2x2 parents, with summed weights.
 """
 
 from __future__ import annotations
