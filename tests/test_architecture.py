@@ -138,17 +138,21 @@ def test_library_does_not_print():
     assert not problems, f"print() inside the library: {problems}"
 
 
+PICKLE_READERS = {"pickle.load", "pickle.loads", "pickle.Unpickler", "pickle.*", "_pickle.loads"}
+
+
 def unsafe_loads(tree: ast.AST) -> list[str]:
     """Calls and imports that could run code from a file."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            found += [
-                f"line {node.lineno}: import {name}"
-                for name in modules
-                if name.split(".")[0] in {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve", "yaml"}
-            ]
+            from_module = getattr(node, "module", None)
+            names = [f"{from_module}.{alias.name}" if from_module else alias.name for alias in node.names]
+            unsafe = {"dill", "joblib", "cloudpickle", "marshal", "shelve", "yaml"}
+            found += [f"line {node.lineno}: import {name}" for name in names if name.split(".")[0] in unsafe]
+            found += [f"line {node.lineno}: import {name}" for name in names if name in PICKLE_READERS]
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in PICKLE_READERS:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
         if not isinstance(node, ast.Call):
             continue
         keywords = {k.arg: k.value for k in node.keywords}
@@ -181,6 +185,7 @@ def test_nothing_is_unpickled():
         "np.load(f, allow_pickle=True)",
         "from pickle import load",
         "import joblib.numpy_pickle",
+        "import pickle\npickle.loads(b)",
         "eval(text)",
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trellis.geometry.transforms import check_to_world
 from trellis.utils.blocks import LATENT_STRIDE, check_resolution, morton_encode
 from trellis.utils.io_utils import atomic_write
 
@@ -72,8 +73,7 @@ class Tokens:
         if self.to_world is not None:
             if self.to_world.dtype != np.float64 or self.to_world.shape != (4, 4):
                 raise ValueError(f"to_world must be float64 [4, 4], got {list(self.to_world.shape)}")
-            if not np.isfinite(self.to_world).all():
-                raise ValueError("to_world must be finite")
+            check_to_world(self.to_world)
 
     @property
     def num_tokens(self) -> int:

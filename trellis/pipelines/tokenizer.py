@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from trellis.pipelines.checkpoints import load_model
 from trellis.pipelines.token_files import Tokens, load_tokens, tensors_hash
 from trellis.utils.blocks import BAND_VOXELS, STORAGE_BLOCK, SparseSDFBlocks, c_to_morton_permutation, check_resolution
-from trellis.utils.io_utils import load_sparse_sdf
+from trellis.utils.io_utils import load_sparse_sdf, write_json
 
 Shape = SparseSDFBlocks | str | Path | tuple[np.ndarray, np.ndarray]
 
@@ -76,6 +77,15 @@ class SparseSDFTokenizer:
         device = resolve_device(device)
         model, trained_at = load_model(source, ema=ema)
         return cls(model, resolution=resolution or trained_at, device=device, compute_dtype=compute_dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a published folder: config.json, with the resolution, and model.safetensors."""
+        from trellis.models.pretrained import save_pretrained
+
+        save_pretrained(self.model, folder)
+        path = Path(folder) / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**config, "tokenizer": {"resolution": self.resolution}})
 
     @property
     def codebook_size(self) -> int:
@@ -228,7 +238,7 @@ def model_hash(model: torch.nn.Module) -> str:
     tensors = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if name.startswith("decoder.") or name.startswith("quantizer.codebook")
+        if name.startswith(("decoder.", "quantizer.codebook"))
     }
     return tensors_hash(tensors)
 

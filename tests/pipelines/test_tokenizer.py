@@ -1,0 +1,257 @@
+"""Tokens from shapes and shapes from tokens; where the tokenizer finds its model; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from trellis.pipelines import checkpoints
+from trellis.pipelines.token_files import load_tokens, save_tokens
+from trellis.pipelines.tokenizer import SparseSDFTokenizer, model_hash, resolve_device, to_float16
+from trellis.utils.blocks import SparseSDFBlocks
+from trellis.utils.io_utils import save_sparse_sdf
+
+
+def bias_of(tokenizer: SparseSDFTokenizer) -> float:
+    return tokenizer.model.decoder.out_layer.bias.item()
+
+
+def test_tokens_of_a_shape(tokenizer, blocks):
+    tokens = tokenizer.encode(blocks, sha256="ab" * 32)
+    assert tokens.ids.dtype == np.int32 and tokens.ids.shape == (blocks.num_blocks,)
+    assert len(np.unique(tokens.ids)) > 3
+    np.testing.assert_array_equal(tokens.block_index, blocks.block_index)
+    np.testing.assert_array_equal(tokens.to_world, blocks.to_world)
+    assert (tokens.resolution, tokens.band_voxels, tokens.label, tokens.codebook_size) == (32, 4, "organ", 32)
+    assert tokens.model_hash == tokenizer.model_hash and len(tokens.model_hash) == 64
+
+
+def test_decoding_from_file_equals_decoding_from_memory(tokenizer, blocks, tmp_path):
+    tokens = tokenizer.encode(blocks)
+    path = tmp_path / "shape.safetensors"
+    save_tokens(path, tokens)
+    memory, file = tokenizer.decode(tokens), tokenizer.decode(path)
+    assert memory.block_sdf.dtype == np.float16
+    np.testing.assert_array_equal(file.block_sdf.view(np.uint16), memory.block_sdf.view(np.uint16))
+    vertices, faces = tokenizer.decode_mesh(tokens)
+    from_file = tokenizer.decode_mesh(path)
+    np.testing.assert_array_equal(from_file[0], vertices)
+    np.testing.assert_array_equal(from_file[1], faces)
+    assert len(faces) > 0
+
+
+def test_decoded_values_stand_where_the_network_put_them(tokenizer, blocks):
+    """Against the model's voxel list with explicit coordinates: a wrong order inside the block would show."""
+    tokens = tokenizer.encode(blocks)
+    coords = torch.zeros(len(tokens.ids), 4, dtype=torch.int32)
+    coords[:, 1:] = torch.from_numpy(tokens.block_index.astype(np.int32))
+    with torch.no_grad():
+        sdf, voxels = tokenizer.model.decode_ids(torch.from_numpy(tokens.ids).long(), coords)
+    decoded = tokenizer.decode(tokens)
+    dense = np.full((32, 32, 32), np.nan, dtype=np.float32)
+    for row, block in enumerate(decoded.block_index.astype(int) * 8):
+        x, y, z = block
+        dense[x : x + 8, y : y + 8, z : z + 8] = decoded.block_sdf[row]
+    got = dense[tuple(voxels[:, 1:].numpy().T)]
+    np.testing.assert_allclose(got, sdf[:, 0].numpy(), atol=1e-3)
+    assert np.unique(got).size > 1000
+
+
+def test_batch_of_one_equals_the_model_on_a_batch(tokenizer, blocks):
+    from trellis.datasets.sparse_sdf import collate, sample_from_blocks
+    from trellis.pipelines.tokenizer import move_batch
+
+    batch = collate([sample_from_blocks(blocks), sample_from_blocks(blocks)])
+    with torch.no_grad():
+        ids = tokenizer.model.encode(move_batch(batch, torch.device("cpu")))["ids"].numpy()
+    expected = tokenizer.encode_blocks(blocks)
+    np.testing.assert_array_equal(ids, np.concatenate([expected, expected]))
+
+
+def test_prepared_file_and_blocks_give_the_same_tokens(tokenizer, blocks, tmp_path):
+    path = tmp_path / "shape_r32.npz"
+    save_sparse_sdf(path, blocks)
+    np.testing.assert_array_equal(tokenizer.encode(path).ids, tokenizer.encode(blocks).ids)
+    with pytest.raises(ValueError, match="resolution 64 was asked for.*32"):
+        tokenizer.encode(path, resolution=64)
+
+
+def test_mesh_in_memory_and_from_file(tokenizer, tmp_path):
+    """A mesh goes in in RAS mm and the tokens know where it was; a file says its space or is taken as told."""
+    from trellis.utils.mesh_utils import write_mesh
+
+    corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)
+    vertices = corners * [40, 20, 10] + [100, -50, 7]
+    quads = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]])
+    faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
+    tokens = tokenizer.encode((vertices, faces), label="box")
+    np.testing.assert_allclose(tokens.to_world[:3, 3], [120, -40, 12])
+    assert tokens.resolution == 32 and tokens.label == "box"
+    path = tmp_path / "box.stl"
+    write_mesh(path, vertices, faces, mesh_space="LPS")
+    again = tokenizer.encode(path)
+    np.testing.assert_allclose(again.to_world, tokens.to_world, atol=1e-4)
+    np.testing.assert_array_equal(again.block_index, tokens.block_index)
+    untold = SparseSDFTokenizer(tokenizer.model)
+    with pytest.raises(ValueError, match="resolution must be given"):
+        untold.encode((vertices, faces))
+
+
+def test_another_models_tokens_are_refused(tokenizer, model, blocks, tmp_path):
+    tokens = tokenizer.encode(blocks)
+    changed = type(model)(**model.config)
+    changed.load_state_dict(model.state_dict())
+    assert model_hash(changed) == tokenizer.model_hash
+    with torch.no_grad():
+        changed.decoder.out_layer.bias += 1e-3
+    other = SparseSDFTokenizer(changed)
+    path = tmp_path / "shape.safetensors"
+    save_tokens(path, tokens)
+    with pytest.raises(ValueError, match="another model"):
+        other.decode(tokens)
+    with pytest.raises(ValueError, match="shape.safetensors: .*another model"):
+        other.decode(path)
+
+
+def test_hash_names_decoder_and_codebook_and_not_the_encoder(model):
+    twin = type(model)(**model.config)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        twin.encoder.out_layer.bias += 1
+        twin.quantizer.unused_steps += 5
+    assert model_hash(twin) == model_hash(model)
+    with torch.no_grad():
+        twin.quantizer.codebook[3, 1] += 1e-6
+    assert model_hash(twin) != model_hash(model)
+
+
+def test_shape_without_blocks_is_refused(tokenizer, blocks):
+    empty = SparseSDFBlocks(blocks.block_index[:0], blocks.block_sdf[:0], blocks.to_world, 32)
+    with pytest.raises(ValueError, match="without blocks"):
+        tokenizer.encode(empty)
+
+
+def test_rounding_keeps_the_side():
+    values = torch.tensor([-1e-9, 1e-9, 0.0, -0.5, 0.99999, -1e-4])
+    half = to_float16(values)
+    assert ((half < 0) == (values < 0)).all() and half.dtype == torch.float16
+    assert torch.equal(half[3:], values[3:].half())
+
+
+# Where the model comes from
+
+
+def test_run_folder_gives_newest_averaged_weights(run_folder):
+    tokenizer = SparseSDFTokenizer.from_pretrained(run_folder, device="cpu")
+    assert bias_of(tokenizer) == pytest.approx(-0.04) and tokenizer.resolution == 32
+    assert bias_of(SparseSDFTokenizer.from_pretrained(run_folder, device="cpu", ema=False)) == pytest.approx(0.04)
+    assert bias_of(SparseSDFTokenizer.from_pretrained(run_folder / "ckpts", device="cpu")) == pytest.approx(-0.04)
+
+
+def test_damaged_newest_checkpoint_is_passed_over(run_folder, caplog):
+    weights = run_folder / "ckpts" / "vqvae_ema0.99_step0000040.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    tokenizer = SparseSDFTokenizer.from_pretrained(run_folder, device="cpu")
+    assert bias_of(tokenizer) == pytest.approx(-0.02)
+    assert "step0000040" in caplog.text
+
+
+def test_files_of_a_run(run_folder):
+    ckpts = run_folder / "ckpts"
+    for name, bias in (
+        ("vqvae_step0000020.safetensors", 0.02),
+        ("vqvae_ema0.99_step0000020.safetensors", -0.02),
+        ("step0000020.json", -0.02),
+    ):
+        assert bias_of(SparseSDFTokenizer.from_pretrained(ckpts / name, device="cpu")) == pytest.approx(bias)
+
+
+def test_published_folder_round_trip(tokenizer, blocks, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "published")
+    again = SparseSDFTokenizer.from_pretrained(tmp_path / "published", device="cpu")
+    assert again.model_hash == tokenizer.model_hash and again.resolution == 32
+    np.testing.assert_array_equal(again.encode(blocks).ids, tokenizer.encode(blocks).ids)
+    single = SparseSDFTokenizer.from_pretrained(tmp_path / "published" / "model.safetensors", device="cpu")
+    assert single.model_hash == tokenizer.model_hash
+
+
+def test_what_is_no_checkpoint(run_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    for source, words in (
+        (tmp_path / "empty", "not a checkpoint"),
+        (tmp_path / "missing", "no such checkpoint"),
+        (tmp_path / "notes.txt", "must be .safetensors"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SparseSDFTokenizer.from_pretrained(source, device="cpu")
+    for manifest in (run_folder / "ckpts").glob("step*.json"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match="no valid checkpoint"):
+        SparseSDFTokenizer.from_pretrained(run_folder, device="cpu")
+
+
+def test_config_that_does_not_fit_its_weights(run_folder):
+    path = run_folder / "config.json"
+    config = json.loads(path.read_text())
+    config["models"]["vqvae"]["args"]["num_embeddings"] = 33
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantizer.codebook is \[32, 8\] and should be \[33, 8\]"):
+        SparseSDFTokenizer.from_pretrained(run_folder, device="cpu")
+    config["models"]["vqvae"]["args"] = {"model_chanels": 64}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model_chanels"):
+        SparseSDFTokenizer.from_pretrained(run_folder, device="cpu")
+    path.unlink()
+    with pytest.raises(ValueError, match="config.json"):
+        SparseSDFTokenizer.from_pretrained(run_folder, device="cpu")
+
+
+def test_hub_is_asked_only_for_what_is_no_path(monkeypatch, tokenizer, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def download(hub_id, **kwargs):
+        asked.append(hub_id)
+        if hub_id == "lab/model":
+            return str(tmp_path / "cache")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("outgoing traffic has been disabled")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    tokenizer.save_pretrained(tmp_path / "cache")
+    assert SparseSDFTokenizer.from_pretrained("lab/model", device="cpu").model_hash == tokenizer.model_hash
+    with pytest.raises(ValueError, match="lab/other: no such path here, and the hub did not give it: outgoing"):
+        SparseSDFTokenizer.from_pretrained("lab/other", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("cache", "lab/model")
+    SparseSDFTokenizer.from_pretrained("lab/model", device="cpu")
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        SparseSDFTokenizer.from_pretrained("/no/such/run", device="cpu")
+    assert asked == ["lab/model", "lab/other"]
+    assert checkpoints.PUBLISHED_FILES == ("config.json", "model.safetensors")
+
+
+def test_devices_by_name(monkeypatch):
+    assert resolve_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device(None).type == "cpu"
+    for device, words in (("cuda", "finds 0 CUDA devices"), ("gpu", "must be cpu"), ("meta", "must be cpu")):
+        with pytest.raises(ValueError, match=words):
+            resolve_device(device)
+
+
+def test_tokens_without_a_place(tokenizer, blocks, tmp_path):
+    """Shapes of old files have no to_world; their tokens neither, and the mesh comes out in grid space."""
+    tokens = tokenizer.encode(replace(blocks, to_world=None))
+    save_tokens(tmp_path / "old.safetensors", tokens)
+    again = load_tokens(tmp_path / "old.safetensors")
+    assert again.to_world is None
+    vertices, _ = tokenizer.decode_mesh(again)
+    assert np.abs(vertices).max() <= 0.5 + 1e-9
