@@ -1,0 +1,320 @@
+"""Mesh -> sparse TSDF against a float64 brute-force oracle on the same mesh and against analytic shapes."""
+
+import numpy as np
+import pytest
+import trimesh
+
+from trellis.geometry.sdf import mesh_to_sparse_sdf
+from trellis.geometry.transforms import (
+    check_to_world,
+    grid_to_world,
+    normalising_transform,
+    voxel_centres,
+    world_to_grid,
+)
+from trellis.utils.blocks import BlockLookup, block_voxel_offsets, morton_encode
+
+IN_BAND_TOLERANCE = 0.01  # voxels; float16 alone takes up to 0.001
+SIGN_TOLERANCE = 0.001  # voxels
+
+
+def oracle_distance(points, vertices, faces, chunk=2_000_000):
+    """Unsigned distance [N] of points to all triangles, float64: plane where the foot is inside, else the edges."""
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    normal = np.cross(b - a, c - a)
+    area2 = (normal**2).sum(-1)
+    out = np.empty(len(points))
+    step = max(1, chunk // len(faces))
+
+    def to_segment(p, u, w):
+        d = w - u
+        t = np.clip(((p - u) * d).sum(-1) / np.maximum((d * d).sum(-1), 1e-300), 0, 1)
+        return ((p - u - t[..., None] * d) ** 2).sum(-1)
+
+    for start in range(0, len(points), step):
+        p = points[start : start + step, None, :]
+        best = np.minimum(np.minimum(to_segment(p, a, b), to_segment(p, b, c)), to_segment(p, c, a))
+        inside = np.ones(best.shape, dtype=bool)
+        for u, w in ((a, b), (b, c), (c, a)):
+            inside &= (np.cross(w - u, p - u) * normal).sum(-1) >= 0
+        height = ((p - a) * normal).sum(-1) ** 2 / np.maximum(area2, 1e-300)
+        best = np.where(inside & (area2 > 0), height, best)
+        out[start : start + step] = np.sqrt(best.min(axis=1))
+    return out
+
+
+def oracle_winding(points, vertices, faces, chunk=2_000_000):
+    """Generalised winding number [N], float64, the sum of signed solid angles (Van Oosterom and Strackee 1983)."""
+    out = np.empty(len(points))
+    step = max(1, chunk // len(faces))
+    for start in range(0, len(points), step):
+        a, b, c = (vertices[faces[:, i]] - points[start : start + step, None, :] for i in range(3))
+        la, lb, lc = (np.sqrt((x**2).sum(-1)) for x in (a, b, c))
+        top = (a * np.cross(b, c)).sum(-1)
+        bottom = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
+        out[start : start + step] = np.arctan2(top, bottom).sum(axis=1) / (2 * np.pi)
+    return out
+
+
+def block_voxels(blocks):
+    """Integer coordinates [M * 512, 3] and stored values [M * 512] of all voxels of all blocks."""
+    coords = (blocks.block_index.astype(np.int64)[:, None, :] * 8 + block_voxel_offsets()).reshape(-1, 3)
+    return coords, blocks.block_sdf.reshape(-1).astype(np.float64)
+
+
+def assert_matches(coords, values, distance_voxels, inside, band=4):
+    """Stored values against true distances (voxels, unsigned) and insides."""
+    signed = np.where(inside, -distance_voxels, distance_voxels)
+    expected = np.clip(signed, -band, band)
+    clear = distance_voxels > SIGN_TOLERANCE
+    wrong = clear & ((values < 0) != inside)
+    assert not wrong.any(), f"{wrong.sum()} wrong signs, first at {coords[wrong][:3]}, d = {signed[wrong][:3]}"
+    assert np.abs(values * band - expected).max() < IN_BAND_TOLERANCE
+    with np.errstate(over="ignore"):
+        expected_active = np.abs((distance_voxels / band).clip(max=2).astype(np.float16)) < 1
+    borderline = np.abs(distance_voxels - band * (1 - 2**-12)) < 1e-6
+    assert ((np.abs(values) < 1) == expected_active)[~borderline].all()
+
+
+def check_against_oracle(vertices, faces, resolution, *, sample=None, band=4, **options):
+    """Values on all block voxels (or a sample); and, without a sample, the block list against the whole grid."""
+    blocks = mesh_to_sparse_sdf(vertices, faces, resolution, band_voxels=band, **options)
+    coords, values = block_voxels(blocks)
+    if sample is not None:
+        pick = np.random.default_rng(0).choice(len(coords), min(sample, len(coords)), replace=False)
+        coords, values = coords[pick], values[pick]
+    v = world_to_grid(vertices, blocks.to_world)
+    if sample is None:
+        grid = np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3)
+        distance = oracle_distance(voxel_centres(grid, resolution), v, faces) * resolution
+        active = np.abs((distance / band).clip(max=2).astype(np.float16)) < 1
+        needed = np.unique(morton_encode(grid[active] // 8))
+        assert np.array_equal(needed, morton_encode(blocks.block_index.astype(np.int64)))
+        distance = distance[np.ravel_multi_index(coords.T, (resolution,) * 3)]
+    else:
+        distance = oracle_distance(voxel_centres(coords, resolution), v, faces) * resolution
+    inside = oracle_winding(voxel_centres(coords, resolution), v, faces) > 0.5
+    assert_matches(coords, values, distance, inside, band)
+    assert (values < 0).any() and (values > 0).any()
+    return blocks
+
+
+def asymmetric_blob(subdivisions=2):
+    """A closed surface without any symmetry, so that a swapped or flipped axis fails."""
+    mesh = trimesh.creation.icosphere(subdivisions=subdivisions)
+    v = mesh.vertices
+    radius = 1 + 0.25 * np.sin(2 * v[:, 0] + 1) + 0.2 * np.cos(3 * v[:, 1]) * v[:, 2] + 0.15 * v[:, 2]
+    return np.asarray(v * radius[:, None] * [30, 18, 11] + [5, -70, 400]), np.asarray(mesh.faces)
+
+
+@pytest.mark.parametrize("resolution", [32, 40])
+def test_every_voxel_and_the_block_list_match_the_oracle(resolution):
+    vertices, faces = asymmetric_blob(1)
+    blocks = check_against_oracle(vertices, faces, resolution)
+    keys = morton_encode(blocks.block_index.astype(np.int64))
+    assert (np.diff(keys) > 0).all(), "blocks must be in Morton order, without duplicates"
+
+
+@pytest.mark.parametrize("band", [1, 7])
+def test_other_bands_match_the_oracle(band):
+    vertices, faces = asymmetric_blob(1)
+    check_against_oracle(vertices, faces, 32, band=band)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        trimesh.creation.torus(1.0, 0.3, major_sections=24, minor_sections=12),
+        trimesh.creation.capsule(height=2.0, radius=0.5, count=[12, 12]),
+        trimesh.creation.box([1.0, 0.02, 0.3]),
+        trimesh.creation.cone(radius=0.3, height=4.0, sections=7),
+        trimesh.creation.annulus(r_min=0.9, r_max=0.905, height=0.7, sections=20),
+    ],
+    ids=["torus", "capsule", "sheet", "needle", "thin ring"],
+)
+def test_shapes_match_the_oracle(mesh):
+    vertices = np.asarray(mesh.vertices) @ trimesh.transformations.rotation_matrix(0.7, [1, 2, 3])[:3, :3].T
+    check_against_oracle(vertices, np.asarray(mesh.faces), 64, sample=3000)
+    check_against_oracle(vertices, np.asarray(mesh.faces), 128, sample=3000)
+
+
+@pytest.mark.parametrize("resolution", [64, 192])
+def test_many_triangles_per_voxel_and_few(resolution):
+    """At 64 cells go through closest-point queries, at 192 through triangle lists; both must hold."""
+    vertices, faces = asymmetric_blob(5)
+    check_against_oracle(vertices, faces, resolution, sample=300)
+
+
+def test_box_is_exact_everywhere():
+    mesh = trimesh.creation.box([20.0, 10.0, 5.0])
+    resolution = 128
+    blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, resolution)
+    coords, values = block_voxels(blocks)
+    half = np.array([20.0, 10.0, 5.0]) / 20 * 0.95 / 2
+    q = np.abs(voxel_centres(coords, resolution)) - half
+    outside = np.sqrt((np.maximum(q, 0) ** 2).sum(-1))
+    signed = (outside + np.minimum(q.max(-1), 0)) * resolution
+    assert_matches(coords, values, np.abs(signed), signed < 0)
+
+
+@pytest.mark.parametrize("shape", ["sphere", "torus", "capsule"])
+def test_fine_meshes_match_the_analytic_distance(shape):
+    resolution = 64
+    if shape == "sphere":
+        mesh = trimesh.creation.icosphere(subdivisions=5)
+
+        def signed(p):
+            return np.linalg.norm(p, axis=1) - 1
+    elif shape == "torus":
+        mesh = trimesh.creation.torus(1.0, 0.4, major_sections=300, minor_sections=150)
+
+        def signed(p):
+            return np.hypot(np.hypot(p[:, 0], p[:, 1]) - 1.0, p[:, 2]) - 0.4
+    else:
+        mesh = trimesh.creation.capsule(height=2.0, radius=0.5, count=[200, 200])
+        middle = (mesh.vertices.max(0) + mesh.vertices.min(0)) / 2
+        mesh.vertices -= middle
+
+        def signed(p):
+            q = p.copy()
+            q[:, 2] -= np.clip(q[:, 2], -1, 1)
+            return np.linalg.norm(q, axis=1) - 0.5
+
+    blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, resolution)
+    coords, values = block_voxels(blocks)
+    world = grid_to_world(voxel_centres(coords, resolution), blocks.to_world)
+    expected = signed(world) / blocks.to_world[0, 0] * resolution
+    error = np.abs(values * 4 - np.clip(expected, -4, 4))
+    assert error.max() < 0.02  # the meshes themselves are off by up to 0.01 voxel
+    assert ((values < 0) == (expected < 0))[np.abs(expected) > 0.02].all()
+
+
+def test_nested_shell_is_a_cavity_and_self_intersection_is_filled():
+    outer, inner = trimesh.creation.icosphere(2), trimesh.creation.icosphere(2, radius=0.6)
+    inner.invert()
+    shell = trimesh.util.concatenate([outer, inner])
+    check_against_oracle(np.asarray(shell.vertices), np.asarray(shell.faces), 48, sample=2000)
+    # A figure that passes through itself: winding number 2 where it overlaps, still inside.
+    vertices, faces = asymmetric_blob(3)
+    vertices = (vertices - [5, -70, 400]) / 30
+    vertices[:, 0] -= 1.2 * np.exp(-8 * ((vertices[:, 0] - 1.2) ** 2 + vertices[:, 1] ** 2)) * 1.8
+    check_against_oracle(vertices, faces, 48, sample=2000)
+
+
+def test_scale_and_translation_do_not_matter():
+    vertices, faces = asymmetric_blob(3)
+    first = mesh_to_sparse_sdf(vertices, faces, 64)
+    for scale, offset in ((2.0**-30, 0.0), (2.0**40, 0.0), (1.0, 512.0)):
+        other = mesh_to_sparse_sdf(vertices * scale + offset, faces, 64)
+        assert np.array_equal(first.block_index, other.block_index)
+        difference = np.abs(first.block_sdf.astype(np.float32) - other.block_sdf.astype(np.float32))
+        assert difference.max() < 0.001
+        moved = grid_to_world(np.zeros((1, 3)), first.to_world) * scale + offset
+        assert np.allclose(moved, grid_to_world(np.zeros((1, 3)), other.to_world), rtol=1e-12)
+
+
+def test_symmetric_mesh_on_voxel_planes_has_right_signs():
+    """Lines of voxels run through vertices, edges and faces; the surface lies on voxel centres."""
+    resolution = 32
+    to_world = np.eye(4)
+    box = trimesh.creation.box([16 / resolution] * 3)
+    v = np.asarray(box.vertices) + 0.5 / resolution
+    blocks = mesh_to_sparse_sdf(v, box.faces, resolution, to_world=to_world)
+    coords, values = block_voxels(blocks)
+    signed = (np.abs(voxel_centres(coords, resolution) - 0.5 / resolution).max(-1) - 8 / resolution) * resolution
+    assert ((values < 0) == (signed < 0))[np.abs(signed) > SIGN_TOLERANCE].all()
+    assert (np.abs(values[np.abs(signed) < 1e-9]) < 1e-6).all()
+    corners = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]]) * 0.25 + 0.5 / resolution
+    upper = np.array([[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4]])
+    lower = np.where(upper == 4, 5, upper)[:, ::-1]
+    check_against_oracle(corners, np.concatenate([upper, lower]), 32, to_world=to_world)
+
+
+def test_unmerged_vertices_degenerate_and_unused_ones_change_nothing():
+    vertices, faces = asymmetric_blob(2)
+    first = mesh_to_sparse_sdf(vertices, faces, 64)
+    soup = vertices[faces].reshape(-1, 3)
+    soup_faces = np.arange(len(soup)).reshape(-1, 3)
+    extra = np.concatenate([soup, [[1e5, 0, 0]]])
+    flat = np.concatenate([soup_faces, [[0, 0, 1], [2, 2, 2]]])
+    other = mesh_to_sparse_sdf(extra, flat, 64)
+    assert np.array_equal(first.block_index, other.block_index)
+    assert np.array_equal(first.block_sdf, other.block_sdf)
+
+
+def test_caller_fixes_the_frame():
+    vertices, faces = asymmetric_blob(2)
+    to_world = np.eye(4) * 200
+    to_world[:3, 3] = [0, -60, 390]
+    to_world[3, 3] = 1
+    blocks = check_against_oracle(vertices, faces, 64, sample=2000, to_world=to_world)
+    assert np.array_equal(blocks.to_world, to_world)
+    to_world[:3, 3] = [90, -60, 390]
+    with pytest.raises(ValueError, match="must lie in the cube"):
+        mesh_to_sparse_sdf(vertices, faces, 64, to_world=to_world)
+    with pytest.raises(ValueError, match="uniform positive scale"):
+        mesh_to_sparse_sdf(vertices, faces, 64, to_world=np.diag([1.0, 2.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="uniform positive scale"):
+        check_to_world(np.diag([-1.0, -1.0, -1.0, 1.0]))
+
+
+def test_the_normalised_box_is_centred_with_longest_side_095():
+    vertices, _ = asymmetric_blob(2)
+    grid = world_to_grid(vertices, normalising_transform(vertices))
+    assert np.isclose(np.ptp(grid, axis=0).max(), 0.95)
+    assert np.allclose(grid.min(0), -grid.max(0))
+
+
+def test_winding_sign_serves_open_surfaces_when_asked():
+    sphere = trimesh.creation.icosphere(3)
+    faces = np.asarray(sphere.faces)[np.asarray(sphere.triangles_center)[:, 2] < 0.97]
+    vertices = np.asarray(sphere.vertices)
+    with pytest.raises(ValueError, match="closed.*clean_mesh"):
+        mesh_to_sparse_sdf(vertices, faces, 32)
+    blocks = mesh_to_sparse_sdf(vertices, faces, 32, sign_method="winding")
+    coords, values = block_voxels(blocks)
+    world = grid_to_world(voxel_centres(coords, 32), blocks.to_world)
+    radius = np.linalg.norm(world, axis=1)
+    clear = (np.abs(radius - 1) > 0.05) & (world[:, 2] < 0.8)
+    assert ((values < 0) == (radius < 1))[clear].all()
+
+
+def test_inward_surface_is_refused():
+    vertices, faces = asymmetric_blob(2)
+    with pytest.raises(ValueError, match="faces inward"):
+        mesh_to_sparse_sdf(vertices, faces[:, ::-1], 32)
+
+
+def test_blocks_serve_lookup_and_voxel_list():
+    vertices, faces = asymmetric_blob(2)
+    blocks = mesh_to_sparse_sdf(vertices, faces, 64)
+    coords, values = blocks.to_voxels()
+    assert len(coords) == int(blocks.active.sum()) and (np.abs(values) < 1).all()
+    assert (BlockLookup(blocks.block_index).find(coords // 8) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 500}, "multiple of 8"),
+        ({"vertices": "nan"}, "finite"),
+        ({"vertices": np.zeros((0, 3)), "faces": np.zeros((0, 3), int)}, "must have faces"),
+        ({"vertices": np.zeros((4, 2))}, r"\[V, 3\]"),
+        ({"faces": np.array([[0, 1, 99999]])}, "index vertices"),
+        ({"faces": np.array([[0, 1, -1]])}, "index vertices"),
+        ({"faces": np.array([[0.5, 1, 2]])}, "integers"),
+        ({"vertices": "point"}, "extent"),
+        ({"band_voxels": 0}, "band_voxels"),
+        ({"sign_method": "guess"}, "sign_method"),
+        ({"device": "tpu"}, "device"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    vertices, faces = asymmetric_blob(1)
+    arguments = {"vertices": vertices, "faces": faces, "resolution": 32} | change
+    if isinstance(arguments["vertices"], str):
+        bad = vertices.copy()
+        bad[7 if change["vertices"] == "nan" else slice(None)] = np.nan if change["vertices"] == "nan" else 3.0
+        arguments["vertices"] = bad
+    with pytest.raises(ValueError, match=message):
+        mesh_to_sparse_sdf(**arguments)
