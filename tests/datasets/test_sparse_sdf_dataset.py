@@ -248,7 +248,7 @@ def test_bad_metadata_is_refused(root, tmp_path):
     path.write_text("name,split\naa,train\n")
     with pytest.raises(ValueError, match="column sha256 is missing"):
         SparseSDF(root, resolution=64)
-    path.write_text("sha256,label,split,r64_num_voxels,error\naa,x,train,12,broken mesh\nbb,x,train,99,\n")
+    path.write_text("sha256,label,split,r64_num_voxels,error\naa,x,train,,broken mesh\nbb,x,train,99,\n")
     assert [item.sha256 for item in SparseSDF(root, resolution=64).items] == ["bb"]
 
 

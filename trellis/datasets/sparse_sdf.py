@@ -316,12 +316,12 @@ def _items_of_metadata(root: Path, resolution: int, split: str) -> tuple[list[It
             raise ValueError(f"{root / 'metadata.csv'}, line {number}: sha256 must be a plain id, got {name!r}")
         if split not in ("all", row.get("split") or "train"):
             continue
-        if row.get("error"):
-            refused.append((name, row["error"]))
-            continue
         path = root / "sparse_sdf" / f"{name}_r{resolution}.npz"
         column = f"r{resolution}_num_voxels"
         count = row.get(column)
+        if row.get("error") and not count:  # with a count it failed at another resolution
+            refused.append((name, row["error"]))
+            continue
         if column in columns and not count and not path.is_file():
             refused.append((name, f"not prepared at resolution {resolution}"))
             continue

@@ -1,0 +1,298 @@
+"""Preparing a dataset: every shape below DATA_ROOT to truth meshes, sparse SDFs and tables."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trellis.preparation import records
+from trellis.preparation.discover import Discovery, Source, find_sources
+from trellis.preparation.execution import Runner, open_runner
+from trellis.preparation.metadata import Tables, build_metadata
+from trellis.preparation.privacy import KEY_NAME, load_or_create_key, pseudonym
+from trellis.preparation.progress import progress_bar
+from trellis.preparation.settings import PrepareSettings
+from trellis.preparation.split import DEFAULT_FRACTIONS
+from trellis.preparation.tasks import SDFTask, SourceTask, compute_sdf, failure, read_source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What a preparation did.
+
+    Attributes:
+        out: the prepared folder. n_sources: files that hold shapes; n_shapes: shapes, failed ones included.
+        n_computed: sources read and SDFs computed by this run; 0 when everything was there already.
+        n_failed: lines of errors.csv. n_duplicates: shapes found in more than one source.
+        patients, shapes: per split, of shapes without error; empty for one rank of several (they are merged later).
+        warnings: one line each. seconds: wall-clock time.
+    """
+
+    out: Path
+    n_sources: int
+    n_shapes: int
+    n_computed: int
+    n_failed: int
+    n_duplicates: int
+    patients: dict[str, int]
+    shapes: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """0 when all is well, 1 when something failed."""
+        return 1 if self.n_failed else 0
+
+
+def prepare_dataset(
+    data_root: str | Path,
+    out: str | Path,
+    *,
+    resolutions: Sequence[int] = (64, 512, 1024),
+    workers: int | None = None,
+    scheduler: str | None = None,
+    mesh_space: str = "LPS",
+    patient_regex: str | None = None,
+    keep_patient_ids: bool = False,
+    keep_source_paths: bool = False,
+    key_file: str | Path | None = None,
+    seed: int = 0,
+    split_fractions: tuple[float, float, float] = DEFAULT_FRACTIONS,
+    band_voxels: int = 4,
+    labels: Sequence[str | int] | None = None,
+    max_hole_mm: float | None = None,
+    nested: str = "cavity",
+    schema: int = 2,
+    device: str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    retry_failed: bool = False,
+    progress: bool = True,
+) -> PrepareSummary:
+    """Prepare every shape below a folder. Finished work is kept: a second run does nothing, a killed one continues.
+
+    Args:
+        data_root: searched recursively for meshes and label volumes; its first folders are the patients.
+        out: receives metadata.csv, errors.csv, splits.json, meshes/, sparse_sdf/ and records/.
+        resolutions: voxels per side. workers: local processes, None for one a core, 0 for this process alone.
+        scheduler: a Dask scheduler's address instead of local processes.
+        mesh_space: space of mesh files that do not say theirs. patient_regex: see `find_sources`.
+        keep_patient_ids, keep_source_paths: write patients' names and sources' relative paths as they are.
+        key_file: the secret behind pseudonyms, default OUT/.patient_key; keep it, and do not pass it on.
+        seed, split_fractions: of the split by patients. labels: numbers or names that are kept, None for all.
+        max_hole_mm, nested: see `trellis.utils.mesh_repair.clean_mesh`. schema: of the npz files.
+        device: where distances are computed. rank, world_size: take every world_size-th source, and leave the tables
+            to `trellis.preparation.metadata.build_metadata`, which merges the ranks.
+        retry_failed: try again what failed for good (what failed for want of memory or disk always is).
+        progress: show a bar on stderr.
+
+    Local workers are spawned processes: a script that calls this needs the `if __name__ == "__main__"` guard.
+
+    Raises:
+        ValueError: an argument breaks its rule, or there is nothing to prepare.
+    """
+    start = time.perf_counter()
+    settings = PrepareSettings(
+        resolutions=tuple(resolutions), band_voxels=band_voxels, mesh_space=mesh_space, max_hole_mm=max_hole_mm,
+        nested=nested, labels=None if labels is None else tuple(map(str, labels)), schema=schema, device=device,
+    )  # fmt: skip
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be at least 0 and below world_size, got rank {rank} of {world_size}")
+    data_root, out = Path(data_root), Path(out)
+    if out.resolve() == data_root.resolve():
+        raise ValueError(f"OUT must be another folder than DATA_ROOT, got {out} for both")
+    found = find_sources(data_root, patient_regex=patient_regex, exclude=out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out, exclusive=world_size == 1):
+        key = load_or_create_key(key_file or out / KEY_NAME)
+        tasks = [
+            _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths)
+            for source in found.sources[rank::world_size]
+        ]
+        computed = _run(tasks, out, settings, workers, scheduler, retry_failed, progress)
+        manifest = _manifest(found, tasks, settings, key, rank, world_size, seed, keep_source_paths)
+        _write_manifest(out, manifest)
+        if world_size > 1:
+            return _summary_of_rank(out, manifest, computed, time.perf_counter() - start)
+        tables = build_metadata(out, fractions=split_fractions)
+    return PrepareSummary(
+        out=out, n_sources=len(tasks), n_shapes=len(tables.rows), n_computed=computed, n_failed=len(tables.failures),
+        n_duplicates=tables.duplicates, patients=tables.patients, shapes=tables.shapes,
+        warnings=tables.warnings + _absent_labels(settings, tables), failures=tables.failures,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _source_task(
+    source: Source, key: bytes, data_root: Path, out: Path, settings: PrepareSettings, keep_ids: bool, keep_paths: bool
+) -> SourceTask:
+    patient_id = source.patient if keep_ids else pseudonym(key, "patient", source.patient)
+    try:
+        facts = source.path.stat()
+        stamp: list[int] | None = [facts.st_size, facts.st_mtime_ns]
+    except OSError:  # a dangling link: reading it will say so
+        stamp = None
+    expected = {
+        "prep_hash": settings.prep_hash,
+        "patient_id": patient_id,
+        "stamp": stamp,
+        "labels": None if settings.labels is None else list(settings.labels),
+        "kept": [keep_ids, keep_paths],
+    }
+    return SourceTask(
+        path=source.path, relative=source.relative, kind=source.kind,
+        key=pseudonym(key, "source", source.relative, digits=32), patient=source.patient, patient_id=patient_id,
+        out=out, data_root=data_root, settings=settings, expected=expected, keep_patient_ids=keep_ids,
+        keep_source_paths=keep_paths,
+    )  # fmt: skip
+
+
+def _run(
+    tasks: list[SourceTask], out: Path, settings: PrepareSettings, workers: int | None, scheduler: str | None,
+    retry_failed: bool, progress: bool,
+) -> int:  # fmt: skip
+    """Read sources that are not up to date, then compute what is missing; returns the number of tasks that were run."""
+    known: dict[str, dict[str, Any]] = {}
+    stale = []
+    for task in tasks:
+        record = records.read_record(records.source_record_path(out, task.key))
+        if records.source_is_current(out, record, task.expected, retry_failed):
+            known[task.key] = record
+        else:
+            stale.append(task)
+    if not stale and not _sdf_tasks(tasks, known, out, settings, retry_failed):
+        return 0
+    with open_runner(workers, scheduler) as run:
+        for task, record in _with_progress(run, read_source, stale, _lost_source, "reading", progress):
+            known[task.key] = record
+        todo = _sdf_tasks(tasks, known, out, settings, retry_failed)
+        for _ in _with_progress(run, compute_sdf, todo, _lost_sdf, "computing", progress):
+            pass
+    return len(stale) + len(todo)
+
+
+def _with_progress(
+    run: Runner, function: Any, tasks: list[Any], lost: Any, title: str, progress: bool
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    with progress_bar(title, len(tasks), shown=progress) as advance:
+        for task, record in run(function, tasks, lost):
+            failed = len(record.get("failures", [])) + bool(record.get("failure"))
+            advance(failed)
+            yield task, record
+
+
+def _sdf_tasks(
+    tasks: list[SourceTask], known: dict[str, dict[str, Any]], out: Path, settings: PrepareSettings, retry_failed: bool
+) -> list[SDFTask]:
+    """Shapes and resolutions that are not there yet, the largest resolution first to keep workers busy to the end."""
+    owners: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for key in sorted(task.key for task in tasks):
+        record = known.get(key)
+        for shape in record["shapes"] if record else []:
+            owners.setdefault(shape["sha256"], (shape, record))
+    result = []
+    for resolution in reversed(settings.resolutions):
+        for sha256, (shape, record) in owners.items():
+            expected = {
+                "prep_hash": settings.prep_hash,
+                "patient_id": record["patient_id"],
+                "truth_bytes": shape["truth_bytes"],
+            }
+            done = records.read_record(records.sdf_record_path(out, sha256, resolution))
+            if not records.sdf_is_current(out, done, expected, sha256, resolution, retry_failed):
+                result.append(SDFTask(sha256, shape["label"], resolution, out, settings, expected))
+    return result
+
+
+def _lost_source(task: SourceTask, reason: str) -> dict[str, Any]:
+    record = {**task.expected, "content": None, "shapes": [], "failures": [failure(task.key, "read", reason)]}
+    records.write_record(records.source_record_path(task.out, task.key), record)
+    return record
+
+
+def _lost_sdf(task: SDFTask, reason: str) -> dict[str, Any]:
+    record = {**task.expected, "failure": failure(task.sha256, f"sdf_r{task.resolution}", reason)}
+    records.write_record(records.sdf_record_path(task.out, task.sha256, task.resolution), record)
+    return record
+
+
+def _manifest(
+    found: Discovery, tasks: list[SourceTask], settings: PrepareSettings, key: bytes, rank: int, world_size: int,
+    seed: int, keep_source_paths: bool,
+) -> dict[str, Any]:  # fmt: skip
+    reason = "patient_regex does not match its path"
+    failures = []
+    for relative in found.unmatched[rank::world_size]:
+        entry = failure(pseudonym(key, "source", relative, digits=32), "discover", reason)
+        failures.append({**entry, "source": relative} if keep_source_paths else entry)
+    return {
+        "rank": rank, "world_size": world_size, "seed": seed, "prep_hash": settings.prep_hash,
+        "resolutions": list(settings.resolutions), "keep_source_paths": keep_source_paths,
+        "labels": None if settings.labels is None else list(settings.labels),
+        "sources": [task.key for task in tasks], "failures": failures,
+    }  # fmt: skip
+
+
+def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    """Write this rank's manifest; those of runs with another number of ranks no longer count."""
+    size = manifest["world_size"]
+    records.write_record(records.manifest_path(out, manifest["rank"], size), manifest)
+    for path in (out / "records").glob("run_*_of_*.json"):
+        if not path.name.endswith(f"_of_{size}.json"):
+            path.unlink(missing_ok=True)
+
+
+def _summary_of_rank(out: Path, manifest: dict[str, Any], computed: int, seconds: float) -> PrepareSummary:
+    n_shapes = 0
+    failures = list(manifest["failures"])
+    for key in manifest["sources"]:
+        record = records.read_record(records.source_record_path(out, key)) or {"shapes": [], "failures": []}
+        failures += record["failures"]
+        n_shapes += len(record["shapes"])
+        for shape in record["shapes"]:
+            for resolution in manifest["resolutions"]:
+                done = records.read_record(records.sdf_record_path(out, shape["sha256"], resolution)) or {}
+                failures += [done["failure"]] if done.get("failure") else []
+    kept = [{name: entry[name] for name in ("id", "stage", "reason")} for entry in failures]
+    return PrepareSummary(
+        out, len(manifest["sources"]), n_shapes, computed, len(kept), 0, {}, {}, failures=kept, seconds=seconds
+    )
+
+
+def _absent_labels(settings: PrepareSettings, tables: Tables) -> list[str]:
+    if settings.labels is None or tables.rows:
+        return []
+    return [f"no source holds any of the labels {', '.join(settings.labels)}"]
+
+
+@contextmanager
+def _lock(out: Path, *, exclusive: bool) -> Iterator[None]:
+    """Hold OUT: one run at a time, or several ranks of one. A single run also removes what a killed one left half."""
+    path = out / ".lock"
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another preparation is running there") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): do not run two preparations there at once", out, error.strerror)
+        else:
+            if exclusive:
+                _remove_leftovers(out)
+        yield
+
+
+def _remove_leftovers(out: Path) -> None:
+    for folder in (".", "meshes", "sparse_sdf", "records", "records/sources", "records/sdf"):
+        for path in (out / folder).glob(".*.tmp"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""Pseudonyms for patients and sources, and texts without the names of files."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+KEY_NAME = ".patient_key"
+_KEY_BYTES = 32
+_HIDDEN = "<source>"
+
+
+def load_or_create_key(path: str | Path) -> bytes:
+    """The secret that pseudonyms are made with; created with mode 0600 where there is none.
+
+    Whoever has the key and a list of names can find the patients: it must not travel with the dataset.
+
+    Raises:
+        ValueError: the file does not hold 64 hexadecimal digits, or others than its owner may read it.
+    """
+    path = Path(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(handle, "w") as stream:
+                stream.write(secrets.token_hex(_KEY_BYTES) + "\n")
+            try:
+                os.link(temporary, path)  # fails where another process was first: then its key counts
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                os.rename(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    text = path.read_text(encoding="ascii", errors="replace").strip()
+    if not re.fullmatch(rf"[0-9a-f]{{{2 * _KEY_BYTES}}}", text):
+        raise ValueError(f"{path}: a key file holds {2 * _KEY_BYTES} hexadecimal digits")
+    if path.stat().st_mode & 0o077:
+        os.chmod(path, 0o600)
+    return bytes.fromhex(text)
+
+
+def pseudonym(key: bytes, kind: str, text: str, digits: int = 16) -> str:
+    """HMAC-SHA256 of `text` in hexadecimal digits; `kind` keeps patients and sources apart."""
+    return hmac.new(key, f"{kind}:{text}".encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:digits]
+
+
+def label_without_patient(label: str, patient: str) -> str:
+    """A mesh's label without its patient's name: "doe_jane_liver" of patient "doe_jane" is "liver".
+
+    Patient names of one or two characters are left in (they are numbers or codes). What is left empty becomes "shape".
+    """
+    if len(patient) < 3 or patient.lower() not in label.lower():
+        return label
+    rest = re.sub(re.escape(patient), " ", label, flags=re.IGNORECASE)
+    return re.sub(r"[\s._-]*\s[\s._-]*", "_", rest).strip("_") or "shape"
+
+
+def scrub(text: str, names: Iterable[str]) -> str:
+    """`text` with every given name replaced, the longest first; for messages that are kept."""
+    for name in sorted({name for name in names if len(name) > 2}, key=len, reverse=True):
+        text = text.replace(name, _HIDDEN)
+    return text
+
+
+def names_of(path: Path, data_root: Path) -> list[str]:
+    """Everything by which a message could name a source: its paths, file name, stem and folders below DATA_ROOT."""
+    absolute = Path(os.path.abspath(path))
+    relative = Path(os.path.relpath(path, data_root))
+    names = [str(path), str(absolute), str(absolute.parent), str(data_root), str(relative), path.name]
+    names += [path.name.split(".")[0], path.stem, *relative.parts[:-1]]
+    return [*names, *(repr(name)[1:-1] for name in names)]
