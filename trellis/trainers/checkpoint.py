@@ -180,9 +180,9 @@ def find_checkpoint(run_folder: str | Path, which: str | int = "latest") -> Chec
             return read_manifest(folder, step)
         except InputError as error:
             logger.warning("skipped checkpoint: %s", error)
-    orphans = [p.name for p in folder.glob("misc_step*.pt")] if folder.is_dir() else []
+    orphans = sorted(p.name for p in folder.glob("misc_step*.pt")) if folder.is_dir() else []
     if orphans:
-        logger.warning("%s: no valid checkpoint; files without a valid manifest: %s", folder, ", ".join(sorted(orphans)))
+        logger.warning("%s: no valid checkpoint; files without a valid manifest: %s", folder, ", ".join(orphans))
     return None
 
 

@@ -1,0 +1,376 @@
+"""The step loop: micro-batches, gradients summed over ranks, one optimizer step, and what happens now and then."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trellis.config import InputError, TrainerArgs
+from trellis.trainers.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_misc,
+    load_weights,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from trellis.trainers.ema import EMA
+from trellis.trainers.grad_clip import build_grad_clipper
+from trellis.trainers.loader import batch_size_per_rank, endless_batches, to_device
+from trellis.trainers.logs import RunLog
+from trellis.trainers.optim import build_optimizer, build_scheduler
+from trellis.trainers.precision import Precision, mode_on_device
+from trellis.trainers.random_state import random_state, seed_everything, set_random_state
+from trellis.trainers.sampler import ResumableSampler
+from trellis.trainers.stop import StopSignals, agreed_exit_code
+from trellis.utils.dist_utils import Ranks, broadcast_from_first_, gather_objects, sum_over_ranks_
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+MAX_SKIPPED_STEPS = {True: 50, False: 10}
+"""Steps in a row without a finite gradient before training gives up: with a loss scale, which has to find its level
+first, and without one."""
+
+
+class Objective(Protocol):
+    """What a model brings to the loop; see `trellis.trainers.vae.sparse_sdf_vqvae` for what each part means."""
+
+    terms: Sequence[str]
+    collate: Callable[[Sequence[Any]], Batch]
+
+    def holds_current_value(self, name: str) -> bool: ...
+    def check_batch(self, batch: Batch) -> None: ...
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
+    def commit(self, step: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]: ...
+    def discard(self) -> None: ...
+    def finish_epoch(self) -> dict[str, float]: ...
+    def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Trains one model.
+
+    Ranks hold equal weights because they start equal, sum one flat gradient and take the same step; no wrapper module
+    is involved. A loss is a sum over shapes divided by the shapes of the whole step, so that neither `batch_split` nor
+    the number of ranks changes more than rounding.
+
+    Args:
+        model_name: name of the checkpoints' files.
+        model: on `device`, its weights as training shall start.
+        dataset: `len` and samples by (epoch, index).
+        metadata: text for the weights files.
+    """
+
+    def __init__(
+        self,
+        args: TrainerArgs,
+        objective: Objective,
+        model_name: str,
+        model: nn.Module,
+        dataset: Any,
+        output_dir: Path,
+        *,
+        ranks: Ranks,
+        device: torch.device,
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.args, self.objective, self.dataset = args, objective, dataset
+        self.model_name, self.model = model_name, model
+        self.output_dir, self.ranks, self.device, self.metadata = output_dir, ranks, device, dict(metadata)
+        per_rank = batch_size_per_rank(args, ranks.world_size)
+        self.micro_batches = min(args.batch_split, per_rank)
+        if args.batch_split > per_rank:
+            logger.warning(
+                "batch_split %d exceeds the %d shapes of a step on a rank: %d micro-batches of one shape",
+                args.batch_split, per_rank, per_rank,
+            )
+        self.sampler = ResumableSampler(
+            len(dataset), per_rank, seed=args.seed, rank=ranks.rank, world_size=ranks.world_size
+        )
+        for tensor in model.state_dict().values():
+            broadcast_from_first_(tensor)
+        self.precision = Precision(
+            model, mode_on_device(args.fp16_mode, device), scale_growth=args.fp16_scale_growth
+        )
+        parameters = self.precision.parameters
+        current = [name for name in parameters if objective.holds_current_value(name)]
+        self.optimizer = build_optimizer(args.optimizer, parameters, current)
+        self.scheduler = build_scheduler(args.lr_scheduler, self.optimizer)
+        self.clipper = build_grad_clipper(args.grad_clip)
+        self.ema = {rate: self._new_ema(rate) for rate in args.ema_rates} if ranks.is_first else {}
+        self.step = 0
+        self._saved_step: int | None = None
+        self._skipped = 0
+        by_epochs = math.inf
+        if args.max_epoch is not None:
+            by_epochs = math.ceil(args.max_epoch * len(dataset) / self.sampler.global_batch)
+        self.total_steps = int(min(by_epochs, args.max_steps or math.inf))
+        seed_everything(args.seed + 1_000_003 * (ranks.rank + 1))
+
+    def _new_ema(self, rate: float) -> EMA:
+        return EMA(rate, self.precision.weights(), self.objective.holds_current_value)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self, *, max_steps: int | None = None, after_step: Callable[[int], None] | None = None) -> int:
+        """Train to the end, or until a signal; returns the exit code (0, 130, 143).
+
+        Args:
+            max_steps: stop after this many steps without saving (profiling); None for the whole training.
+            after_step: called with the number of each finished step.
+        """
+        last = self.total_steps if max_steps is None else min(self.total_steps, self.step + max_steps)
+        log = RunLog(
+            self.output_dir, step=self.step, total_steps=self.total_steps, enabled=self.ranks.is_first
+        )
+        exit_code = None
+        try:
+            with StopSignals() as stop:
+                if self.step == 0:
+                    self.objective.prepare(self.model, self.dataset, self.sampler)
+                    self.ema = {rate: self._new_ema(rate) for rate in self.ema}
+                self.model.train()
+                batches = endless_batches(
+                    self.dataset, self.sampler, self.objective, self.micro_batches, self._workers(), self.device
+                )
+                log.restart_clock(self.step)
+                while self.step < last and exit_code is None:
+                    started = time.perf_counter()
+                    micro_batches = next(batches)
+                    data_s = time.perf_counter() - started
+                    record, flags = self._train_step(micro_batches, stop)
+                    record |= {"data_s": data_s, "step_s": time.perf_counter() - started}
+                    exit_code = agreed_exit_code(flags)
+                    self._log_step(log, record)
+                    if max_steps is None:
+                        self._every_so_many_steps(log)
+                    if after_step is not None:
+                        after_step(self.step)
+                if max_steps is None:
+                    self.save()
+                    if exit_code is None and self.args.i_sample and self.step % self.args.i_sample:
+                        self._write_samples(log)
+        finally:
+            log.close()
+        return exit_code or 0
+
+    def _train_step(self, micro_batches: list[Batch], stop: StopSignals) -> tuple[dict[str, Any], list[float]]:
+        self.precision.zero_gradient()
+        sums = torch.zeros(len(self.objective.terms), device=self.device)
+        for batch in micro_batches:
+            terms = self.objective.losses(self.model, to_device(batch, self.device))
+            self.precision.backward(terms[0] / self.sampler.global_batch)
+            sums += terms.detach()
+        self.precision.collect()
+        sum_over_ranks_(self.precision.gradient)
+        shared = sum_over_ranks_(torch.cat([sums, sums.new_tensor(stop.flags())]))
+        norm = self.precision.unscale(self.optimizer)
+        # The one wait for the device before the optimizer step: losses, signals and the norm in one transfer.
+        *values, grad_norm = torch.cat([shared, norm.reshape(1)]).tolist()
+        losses, flags = values[: len(sums)], values[len(sums) :]
+        record: dict[str, Any] = {"step": self.step + 1}
+        record |= {name: value / self.sampler.global_batch for name, value in zip(self.objective.terms, losses)}
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        if self.precision.scales_loss:
+            record["loss_scale"] = self.precision.loss_scale
+        self._update(record, micro_batches)
+        self.scheduler.step()
+        self.step += 1
+        epoch = self.sampler.epoch
+        self.sampler.advance()
+        if self.sampler.epoch > epoch:
+            record |= {"epoch": self.sampler.epoch, **self.objective.finish_epoch()}
+        return record, flags
+
+    def _update(self, record: dict[str, Any], micro_batches: list[Batch]) -> None:
+        """One optimizer step, or none where the gradient is not finite; all ranks see the same norm and agree."""
+        norm = record["grad_norm"]
+        finite = math.isfinite(norm)
+        if finite:
+            limit = self.clipper.limit(norm)
+            if norm > limit:
+                self.precision.gradient.mul_(limit / norm)
+        self.precision.step(self.optimizer, finite=finite)
+        if not finite:
+            self.objective.discard()
+            self._count_skipped(micro_batches)
+            return
+        self._skipped = 0
+        figures, overwritten = self.objective.commit(self.step + 1)
+        for name, rows in overwritten.items():
+            self._forget_moments(name, rows)
+        for ema in self.ema.values():
+            ema.update(self.precision.weights())
+        if figures:
+            numbers = torch.stack([value.double() for value in figures.values()]).tolist()
+            record |= dict(zip(figures, numbers))
+
+    def _forget_moments(self, name: str, rows: Tensor) -> None:
+        """Rows that were overwritten start without the optimizer's memory of what was there."""
+        parameter = self.precision.parameters.get(name)
+        if parameter is None or rows.numel() == 0:
+            return
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value[rows] = 0
+
+    def _count_skipped(self, micro_batches: list[Batch]) -> None:
+        self._skipped += 1
+        scaled = self.precision.scales_loss
+        if not scaled:
+            shapes = [name for batch in micro_batches for name in batch["sha256"]]
+            logger.warning("step %d: the gradient is not finite, no update; shapes %s", self.step + 1, shapes)
+        if self._skipped >= MAX_SKIPPED_STEPS[scaled]:
+            raise FloatingPointError(
+                f"step {self.step + 1}: no finite gradient in {self._skipped} steps in a row; lower the learning rate, "
+                "clip gradients, or train in float32 (fp16_mode null)"
+            )
+
+    def _workers(self) -> int:
+        if self.args.num_workers is not None:
+            return self.args.num_workers
+        cores = len(os.sched_getaffinity(0)) // self.ranks.local_world_size
+        return 0 if self.device.type == "cpu" else min(8, max(1, cores - 1))
+
+    # -- every so many steps ------------------------------------------------------------------------------------------
+
+    def _log_step(self, log: RunLog, record: dict[str, Any]) -> None:
+        log.write(record)
+        if self._due(self.args.i_log):
+            extra = self._weight_statistics() if self.args.log_param_stats and self.ranks.is_first else {}
+            log.board(self.step, samples_per_step=self.sampler.global_batch, extra=extra)
+        if self._due(self.args.i_print):
+            log.progress(record)
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.step % interval == 0
+
+    def _every_so_many_steps(self, log: RunLog) -> None:
+        if self._due(self.args.i_ddpcheck):
+            self.check_ranks_agree()
+        if self._due(self.args.i_save):
+            self.save()
+        if self._due(self.args.i_sample):
+            self._write_samples(log)
+
+    def _weight_statistics(self) -> dict[str, float]:
+        figures = {}
+        for name, parameter in self.precision.parameters.items():
+            figures[f"weight_rms/{name}"] = float(parameter.detach().square().mean().sqrt())
+            if parameter.grad is not None:
+                figures[f"grad_rms/{name}"] = float(parameter.grad.square().mean().sqrt())
+        return figures
+
+    def _write_samples(self, log: RunLog) -> None:
+        """Pictures on the first rank. They draw no random numbers from training, and a failed picture ends nothing."""
+        if not self.ranks.is_first:
+            return
+        state = random_state()
+        try:
+            folder = self.output_dir / "samples" / f"step{self.step:07d}"
+            png = self.objective.write_samples(self.model, self.dataset, folder)
+            if png is not None:
+                log.picture(self.step, png)
+        except Exception:
+            logger.exception("the samples of step %d could not be made; training goes on", self.step)
+        finally:
+            set_random_state(state)
+
+    def check_ranks_agree(self) -> None:
+        """RuntimeError unless all ranks hold the weights and the codebook of the first, bit for bit."""
+        differing = []
+        for name, tensor in self.precision.weights().items():
+            reference = broadcast_from_first_(tensor.clone())
+            if not torch.equal(reference, tensor):
+                differing.append(name)
+        everywhere = sorted({name for names in gather_objects(differing) for name in names})
+        if everywhere:
+            raise RuntimeError(f"step {self.step}: ranks differ in {', '.join(everywhere[:8])}")
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it is there.
+
+        Raises:
+            CheckpointError: on every rank, when the first could not write.
+        """
+        if self._saved_step == self.step:
+            return
+        generators = gather_objects(random_state())
+        error = None
+        if self.ranks.is_first:
+            misc = {
+                "step": self.step,
+                "parameters": list(self.precision.parameters),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "sampler": self.sampler.state_dict(),
+                "precision": self.precision.state_dict(),
+                "grad_clip": self.clipper.state_dict(),
+                "ema": [ema.state_dict() for ema in self.ema.values()],
+                "objective": self.objective.state_dict(),
+                "generators": generators,
+            }
+            folder = self.output_dir / "ckpts"
+            shadows = {rate: ema.shadow for rate, ema in self.ema.items()}
+            try:
+                save_checkpoint(
+                    folder, self.model_name, self.step, self.precision.weights(), shadows, misc, self.metadata
+                )
+                logger.info("saved the checkpoint of step %d", self.step)
+                if self.args.keep_last is not None:
+                    prune_checkpoints(folder, self.args.keep_last)
+            except CheckpointError as caught:
+                error = str(caught)
+        errors = [e for e in gather_objects(error) if e is not None]
+        if errors:
+            raise CheckpointError(errors[0])
+        self._saved_step = self.step
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on exactly where a checkpoint stopped.
+
+        Raises:
+            InputError: the checkpoint is of another model or optimizer.
+        """
+        misc = load_misc(checkpoint)
+        try:
+            self.precision.load_weights(load_weights(checkpoint.model))
+            if misc["parameters"] != list(self.precision.parameters):
+                raise ValueError("it was trained with other parameters")
+            self.optimizer.load_state_dict(misc["optimizer"])
+            self.scheduler.load_state_dict(misc["scheduler"])
+            self.precision.load_state_dict(misc["precision"])
+            self.clipper.load_state_dict(misc["grad_clip"])
+            self.sampler.load_state_dict(misc["sampler"])
+            self.objective.load_state_dict(misc["objective"])
+            updates = {state["rate"]: state["updates"] for state in misc["ema"]}
+            for rate, ema in self.ema.items():
+                if rate in updates:
+                    ema.load(load_weights(checkpoint.ema[str(rate)]), updates[rate])
+                else:
+                    logger.warning("ema_rate %s is new: its average starts from the weights of this step", rate)
+                    self.ema[rate] = self._new_ema(rate)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{checkpoint.model.parent}, step {checkpoint.step}: {error}") from error
+        if self.ranks.rank < len(misc["generators"]):
+            set_random_state(misc["generators"][self.ranks.rank])
+        else:
+            logger.warning("the checkpoint has no random state of rank %d: it starts from the seed", self.ranks.rank)
+        self.step = int(misc["step"])
+        if checkpoint.model.parent.resolve() == (self.output_dir / "ckpts").resolve():
+            self._saved_step = self.step

@@ -1,0 +1,79 @@
+"""From dataset and sampler to checked micro-batches."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from trellis.config import InputError, TrainerArgs
+from trellis.trainers.sampler import ResumableSampler
+
+Batch = dict[str, Any]
+
+
+def batch_size_per_rank(args: TrainerArgs, world_size: int) -> int:
+    """Shapes per rank and step; InputError where a global `batch_size` does not divide."""
+    if args.batch_size_per_gpu is not None:
+        return args.batch_size_per_gpu
+    assert args.batch_size is not None
+    if args.batch_size % world_size:
+        raise InputError(f"trainer.args.batch_size must be a multiple of the {world_size} ranks, got {args.batch_size}")
+    return args.batch_size // world_size
+
+
+def endless_batches(
+    dataset: Any, sampler: ResumableSampler, objective: Any, parts: int, workers: int, device: torch.device
+) -> Iterator[list[Batch]]:
+    """Micro-batches of one step after another, from the sampler's position on.
+
+    Raises:
+        InputError: a shape cannot be read or used; the message names it.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=partial(split_and_collate, parts=parts, collate=objective.collate),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        # Its own generator: drawing the workers' seeds must not move the global one.
+        generator=torch.Generator().manual_seed(sampler.seed),
+        prefetch_factor=2 if workers else None,
+    )
+    iterator = iter(loader)
+    while True:
+        try:
+            batches = next(iterator)
+            for batch in batches:
+                objective.check_batch(batch)
+        except ValueError as error:
+            raise InputError(f"data: {error}") from error
+        yield batches
+
+
+def _ignore_signals(worker: int) -> None:
+    """Loader processes: Ctrl-C is the main process's business, and SIGTERM ends them as usual."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def split_and_collate(samples: Sequence[Any], *, parts: int, collate: Callable[[Sequence[Any]], Batch]) -> list[Batch]:
+    """Micro-batches of a rank's samples: consecutive, sizes that differ by at most one."""
+    bounds = np.linspace(0, len(samples), parts + 1).round().astype(int)
+    return [collate(samples[a:b]) for a, b in zip(bounds, bounds[1:])]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`, but for `blocks_per_sample`, which sizes are read from on the host."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "blocks_per_sample" else value
+        for key, value in batch.items()
+    }

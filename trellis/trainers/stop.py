@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM: noted, so that the step in progress ends and a checkpoint is written."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class StopSignals:
+    """Context in which SIGINT and SIGTERM set a flag; a second signal interrupts at once, without saving."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_CODES:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        logger.info("%s: the step ends, then a checkpoint is written; once more stops at once", self.received.name)
+
+    def flags(self) -> list[float]:
+        """[1.0 after SIGINT, 1.0 after SIGTERM]: what ranks sum to agree on stopping."""
+        return [float(self.received is number) for number in EXIT_CODES]
+
+
+def agreed_exit_code(flags: list[float]) -> int | None:
+    """Exit code from `flags` summed over ranks; None when nobody was told to stop."""
+    for flag, code in zip(flags, EXIT_CODES.values()):
+        if flag > 0:
+            return code
+    return None

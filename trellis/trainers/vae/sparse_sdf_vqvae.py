@@ -1,0 +1,174 @@
+"""What the step loop does not know of the sparse SDF VQ-VAE: its loss, its codebook, its sample pictures."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trellis.config import TrainerArgs
+from trellis.datasets.sparse_sdf import collate
+from trellis.trainers.sampler import ResumableSampler
+from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
+from trellis.trainers.vae.snapshot import write_samples
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+ROWS_PER_CODE = 16
+"""Rows per code that k-means starts from where `codebook_init_samples` is null."""
+MAX_INIT_SAMPLES = 1024
+
+POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "mse": torch.square,
+    "l1": torch.abs,
+    "l1_l2": lambda error: error.abs() + error.square(),
+}
+
+
+def reconstruction_terms(
+    predicted: Tensor, batch: Batch, *, loss_type: str, lambda_extra: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reconstruction loss and squared errors per shape.
+
+    The loss of a shape is sum(w f(e)) / sum(w) over all voxels of the blocks in its `loss_blocks`; w = 1 where the
+    target is inside the band, `lambda_extra` elsewhere.
+
+    Args:
+        predicted: [M, 512] float32.
+        batch: `block_sdf`, `active` [M, 512], `loss_blocks` [M] on the same device; `blocks_per_sample` [B].
+        loss_type: f is e^2 ("mse"), |e| ("l1") or their sum ("l1_l2").
+
+    Returns:
+        loss, mean squared error inside the band, and outside it (0 where a shape has no such voxel), each [B].
+    """
+    active, counted = batch["active"], batch["loss_blocks"]
+    error = predicted - batch["block_sdf"].to(predicted.dtype)
+    value = POINTWISE[loss_type](error)
+    square = value.detach() if loss_type == "mse" else error.detach().square()
+    sizes = batch["blocks_per_sample"].tolist()
+
+    def per_shape(rows: Tensor) -> Tensor:
+        # One sum per shape rather than a scatter: the same bits on every run, on every device.
+        return torch.stack([part.sum() for part in torch.where(counted, rows, 0).split(sizes)])
+
+    in_band = per_shape(active.sum(1).to(predicted.dtype))
+    outside = per_shape((~active).sum(1).to(predicted.dtype))
+    weight = in_band + lambda_extra * outside
+    loss = (
+        per_shape((value * active).sum(1)) + lambda_extra * per_shape((value * ~active).sum(1))
+    ) / weight.clamp(min=torch.finfo(predicted.dtype).tiny)
+    mse_band = per_shape((square * active).sum(1)) / in_band.clamp(min=1)
+    mse_extra = per_shape((square * ~active).sum(1)) / outside.clamp(min=1)
+    return loss, mse_band, mse_extra
+
+
+def mean_rows(rows: Tensor, batch: Batch) -> Tensor:
+    """Mean over the rows of each shape: [M] -> [B]."""
+    return torch.stack([part.mean() for part in rows.split(batch["blocks_per_sample"].tolist())])
+
+
+class SparseSDFVQVAEObjective:
+    """Loss, codebook and samples of a `SparseSDFVQVAE`, as `trellis.trainers.base.Trainer` calls them."""
+
+    terms = ("loss", "mse_band", "mse_extra", "vq", "commitment", "cropped")
+    """What `losses` sums; the first is what is minimised."""
+    collate = staticmethod(collate)
+
+    def __init__(self, model: nn.Module, args: TrainerArgs, *, device: torch.device) -> None:
+        self.args = args
+        self.quantizer: Any = model.quantizer
+        self.usage = CodebookUsage(self.quantizer.codebook.shape[0], device)
+        if self.quantizer.use_ema_update and args.lambda_vq:
+            logger.info("the codebook follows moving averages (use_ema_update): lambda_vq has no effect")
+
+    @staticmethod
+    def holds_current_value(name: str) -> bool:
+        """Names whose averaged copy is the current value: the whole quantizer."""
+        return name.startswith("quantizer.")
+
+    def check_batch(self, batch: Batch) -> None:
+        """Refuse, on the CPU, a shape that no loss could come from."""
+        parts = zip(batch["sha256"], batch["loss_blocks"].split(batch["blocks_per_sample"].tolist()))
+        for sha256, part in parts:
+            if not bool(part.any()):
+                raise ValueError(f"shape {sha256}: no block that counts for the loss is left (max_points is too small)")
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sums over the shapes of a batch of `terms`: [6], the first with gradient."""
+        out = model(batch)
+        recon, mse_band, mse_extra = reconstruction_terms(
+            out["sdf"], batch, loss_type=self.args.loss_type, lambda_extra=self.args.lambda_extra
+        )
+        commitment = mean_rows(out["commitment_rows"], batch)
+        total = recon + self.args.lambda_commitment * commitment
+        vq = torch.zeros_like(recon)
+        if out["codebook_rows"] is not None:
+            vq = mean_rows(out["codebook_rows"], batch)
+            total = total + self.args.lambda_vq * vq
+        cropped = batch["cropped"].to(recon)
+        return torch.stack([t.sum() for t in (total, mse_band, mse_extra, vq, commitment, cropped)])
+
+    def prepare(self, model: Any, dataset: Any, sampler: ResumableSampler) -> None:
+        """Before the first step: a fresh codebook starts from k-means over the first shapes of the stream.
+
+        Ranks take consecutive parts of the stream, so that the rows and the codebook are those of a single rank.
+        """
+        if bool(self.quantizer.initialized):
+            return
+        count = self._init_samples(dataset, sampler)
+        bounds = [count * r // sampler.world_size for r in (sampler.rank, sampler.rank + 1)]
+        items = sampler.stream(*bounds)
+        logger.info("initialising the codebook of %d codes from %d shapes", self.usage.counts.numel(), count)
+
+        def batches() -> Iterator[Batch]:
+            for item in items:
+                yield collate([dataset[item]])
+
+        model.initialize_codebook(batches(), self.args.seed)
+
+    def _init_samples(self, dataset: Any, sampler: ResumableSampler) -> int:
+        most = min(len(dataset), MAX_INIT_SAMPLES)
+        wanted = self.args.codebook_init_samples
+        if wanted is None:
+            # Every rank reads the same first shapes and comes to the same number.
+            probe = sampler.stream(0, min(4, most))
+            rows = sum(len(dataset[item]["block_coords"]) for item in probe) / len(probe)
+            wanted = math.ceil(ROWS_PER_CODE * self.usage.counts.numel() / rows)
+        # Each rank needs a shape, even where there are more ranks than shapes (the stream goes on).
+        return max(min(wanted, most), sampler.global_batch)
+
+    def commit(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """After an optimizer step: the codebook takes in the step's statistics.
+
+        Returns:
+            figures to log, and {parameter name: rows that were overwritten}, whose moments the optimizer must forget.
+        """
+        report = self.quantizer.commit(step)
+        self.usage.add(report.counts)
+        figures = {"perplexity": perplexity(report.counts), "codes_used": (report.counts > 0).sum()}
+        return figures, {"quantizer.codebook": report.reseeded}
+
+    def discard(self) -> None:
+        """After a skipped step: its statistics never happened."""
+        self.quantizer.discard()
+
+    def finish_epoch(self) -> dict[str, float]:
+        return self.usage.finish_epoch()
+
+    def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None:
+        """Pictures and meshes of the first shapes; returns the picture as PNG, None without a renderer."""
+        count = min(self.args.num_samples, len(dataset))
+        return write_samples(model, [dataset[0, i] for i in range(count)], folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"usage": self.usage.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.usage.load_state_dict(state["usage"])
