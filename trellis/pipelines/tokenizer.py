@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from trellis.pipelines.checkpoints import load_model
+from trellis.pipelines.shape_inputs import InputOptions, blocks_of_mesh
 from trellis.pipelines.token_files import Tokens, load_tokens, tensors_hash
-from trellis.utils.blocks import BAND_VOXELS, STORAGE_BLOCK, SparseSDFBlocks, c_to_morton_permutation, check_resolution
+from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks, c_to_morton_permutation, check_resolution
 from trellis.utils.io_utils import load_sparse_sdf, write_json
 
 Shape = SparseSDFBlocks | str | Path | tuple[np.ndarray, np.ndarray]
@@ -143,24 +144,18 @@ class SparseSDFTokenizer:
             if wanted is not None and shape.resolution != wanted:
                 raise ValueError(f"resolution {wanted} was asked for, but the prepared shape has {shape.resolution}")
             return shape
-        wanted = wanted or self.resolution
-        if wanted is None:
-            raise ValueError("resolution must be given: this model does not say which one it was trained at")
-        from trellis.geometry.sdf import mesh_to_sparse_sdf
+        options = InputOptions(
+            resolution=wanted or self.resolution, mesh_space=mesh_space, device=self.device.type
+        )
+        if not isinstance(shape, (str, Path)):
+            return blocks_of_mesh(*shape, options)
+        from trellis.utils.mesh_utils import read_mesh
 
-        if isinstance(shape, (str, Path)):
-            from trellis.utils.mesh_repair import clean_mesh
-            from trellis.utils.mesh_utils import read_mesh
-
-            mesh = read_mesh(shape, mesh_space=mesh_space)
-            try:
-                vertices, faces, _ = clean_mesh(mesh.vertices, mesh.faces)
-            except ValueError as error:
-                raise ValueError(f"{shape}: {error}") from None
-        else:
-            vertices, faces = shape
-        device = "cuda" if self.device.type == "cuda" else "cpu"
-        return mesh_to_sparse_sdf(vertices, faces, wanted, band_voxels=BAND_VOXELS, device=device)
+        mesh = read_mesh(shape, mesh_space=mesh_space)
+        try:
+            return blocks_of_mesh(mesh.vertices, mesh.faces, options)
+        except ValueError as error:
+            raise ValueError(f"{shape}: {error}") from None
 
     @torch.inference_mode()
     def encode_blocks(self, blocks: SparseSDFBlocks) -> np.ndarray:

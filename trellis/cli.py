@@ -1,0 +1,340 @@
+"""The trellis-vqvae command: argument parsing over the library, one function a sub-command; only here is printed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT = 0, 1, 2
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+
+logger = logging.getLogger("trellis")
+app = typer.Typer(
+    name="trellis-vqvae",
+    help="Medical 3D shapes to discrete tokens and back: prepare, train, encode, decode, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM was received; not an Exception, so that nothing on the way swallows it."""
+
+
+class Space(str, Enum):
+    """Space of mesh files that do not say theirs."""
+
+    LPS = "LPS"
+    RAS = "RAS"
+
+
+class Nested(str, Enum):
+    """What a closed surface inside another means."""
+
+    cavity = "cavity"
+    solid = "solid"
+
+
+class Split(str, Enum):
+    """Which shapes of a prepared folder."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+    all = "all"
+
+
+Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="run folder, weights file, published folder or hub id", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="folder for the results", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one")]
+NoEma = Annotated[bool, typer.Option("--no-ema", help="weights of the last step instead of the averaged ones")]
+MeshSpace = Annotated[Space, typer.Option("--mesh-space", help="space of mesh files that do not say theirs")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error, and more log lines")]
+Resolution = Annotated[int | None, typer.Option(help="voxels per side; default: what the model was trained at")]
+MaxHole = Annotated[float | None, typer.Option("--max-hole-mm", help="widest hole of a surface that is closed")]
+NestedOption = Annotated[Nested, typer.Option("--nested", help="what a closed surface inside another means")]
+
+Command = TypeVar("Command", bound=Callable[..., int])
+
+
+def edge(command: Command) -> Command:
+    """Exit codes and messages of a sub-command: one line on stderr for what a user can mend, no traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs.get("debug"))
+        configure_logging(debug)
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        try:
+            code = command(*args, **kwargs)
+        except KeyboardInterrupt:
+            code = complain("interrupted", EXIT_INTERRUPTED)
+        except Terminated:
+            code = complain("terminated", EXIT_TERMINATED)
+        except ValueError as error:
+            if debug:
+                raise
+            code = complain(str(error), EXIT_WRONG_INPUT)
+        except ModuleNotFoundError as error:
+            if debug:
+                raise
+            code = complain(f"{error}: this command needs it; see trellis-vqvae doctor", EXIT_WRONG_INPUT)
+        except (OSError, MemoryError) as error:
+            if debug:
+                raise
+            code = complain(str(error) or "out of memory", EXIT_FAILED)
+        raise typer.Exit(code)
+
+    return run  # type: ignore[return-value]
+
+
+def complain(message: str, code: int) -> int:
+    """Print an error on stderr and return `code`."""
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def configure_logging(debug: bool) -> None:
+    """Log lines of the library on stderr."""
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("trellis").setLevel(level)
+
+
+def _on_sigterm(number: int, frame: object) -> None:
+    raise Terminated
+
+
+@contextmanager
+def progress_on_stderr(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as the callback(done, total) that the library's batches take."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command(epilog="Example: trellis-vqvae prepare patients/ -o data/ --resolution 64 --resolution 512")
+@edge
+def prepare(
+    data_root: Annotated[Path, typer.Argument(metavar="DATA_ROOT", help="searched recursively; its first folders are patients")],
+    out: Out,
+    resolution: Annotated[list[int], typer.Option(help="voxels per side; repeatable")] = [64, 512, 1024],  # noqa: B006
+    workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, instead of processes")] = None,
+    mesh_space: MeshSpace = Space.LPS,
+    label: Annotated[list[str] | None, typer.Option(help="take these labels only; repeatable")] = None,
+    max_hole_mm: MaxHole = None,
+    nested: NestedOption = Nested.cavity,
+    patient_regex: Annotated[str | None, typer.Option(help="finds the patient in a relative path")] = None,
+    keep_patient_ids: Annotated[bool, typer.Option("--keep-patient-ids", help="no pseudonyms")] = False,
+    keep_source_paths: Annotated[bool, typer.Option("--keep-source-paths", help="record relative paths")] = False,
+    key_file: Annotated[Path | None, typer.Option(help="secret of the pseudonyms; default: OUT/.patient_key")] = None,
+    seed: Annotated[int, typer.Option(help="of the split")] = 0,
+    schema: Annotated[int, typer.Option(help="of the npz files, 2 or 1")] = 2,
+    rank: Annotated[int, typer.Option(help="this job of a job array")] = 0,
+    world_size: Annotated[int, typer.Option(help="jobs of the job array")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try again what failed for good")] = False,
+    device: Annotated[str, typer.Option(help="where distances are computed: cpu or cuda")] = "cpu",
+    debug: Debug = False,
+) -> int:
+    """Meshes and label volumes to a prepared dataset: truth meshes, sparse TSDFs, metadata.csv with a split."""
+    from trellis.preparation.prepare import prepare_dataset
+
+    summary = prepare_dataset(
+        data_root, out, resolutions=resolution, workers=workers, scheduler=scheduler, mesh_space=mesh_space.value,
+        patient_regex=patient_regex, keep_patient_ids=keep_patient_ids, keep_source_paths=keep_source_paths,
+        key_file=key_file, seed=seed, labels=label, max_hole_mm=max_hole_mm, nested=nested.value, schema=schema,
+        device=device, rank=rank, world_size=world_size, retry_failed=retry_failed,
+    )  # fmt: skip
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for entry in summary.failures:
+        print(f"failed: {entry['id']} ({entry['stage']}): {entry['reason']}", file=sys.stderr)
+    splits = ", ".join(f"{name} {count}" for name, count in summary.shapes.items())
+    print(
+        f"{out}: {summary.n_shapes} shapes from {summary.n_sources} files, {summary.n_failed} failures, "
+        f"{summary.n_computed} steps computed in {summary.seconds:.1f} s" + (f"; {splits}" if splits else "")
+    )
+    return summary.exit_code
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: trellis-vqvae train --config config.json --data_dir data/ --output_dir run/",
+)
+def train(context: typer.Context) -> None:
+    """Train a model; takes the options of train.py (--help lists them)."""
+    from trellis.trainers.launch import main as train_main
+
+    raise typer.Exit(train_main(context.args, prog="trellis-vqvae train"))
+
+
+@app.command(epilog="Example: trellis-vqvae encode run/ liver.stl labels.nii.gz -o tokens/")
+@edge
+def encode(
+    ckpt: Ckpt,
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="meshes, label volumes, prepared .npz or folders")],
+    out: Out,
+    resolution: Resolution = None,
+    split: Annotated[Split, typer.Option(help="of prepared folders")] = Split.all,
+    label: Annotated[list[str] | None, typer.Option(help="take these labels of volumes only; repeatable")] = None,
+    name: Annotated[str | None, typer.Option(help="label of the meshes given; default: their file's stem")] = None,
+    mesh_space: MeshSpace = Space.LPS,
+    max_hole_mm: MaxHole = None,
+    nested: NestedOption = Nested.cavity,
+    device: Device = None,
+    no_ema: NoEma = False,
+    debug: Debug = False,
+) -> int:
+    """Shapes to token files {sha256}_r{R}.safetensors; those that are there already are kept."""
+    from trellis.pipelines.batch import encode_many
+    from trellis.pipelines.shape_inputs import InputOptions
+    from trellis.pipelines.tokenizer import SparseSDFTokenizer
+
+    tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
+    options = InputOptions(
+        resolution=resolution or tokenizer.resolution, split=split.value, mesh_space=mesh_space.value,
+        labels=tuple(label) if label else None, label=name, max_hole_mm=max_hole_mm, nested=nested.value,
+        device=tokenizer.device.type,
+    )  # fmt: skip
+    with progress_on_stderr("encoding") as progress:
+        outcome = encode_many(
+            tokenizer, inputs, out, options, progress=progress,
+            written=lambda shape, path: logger.debug("%s -> %s", shape.source, path.name),
+        )  # fmt: skip
+    return report_outcome(outcome, out, "token files")
+
+
+@app.command(epilog="Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format stl")
+@edge
+def decode(
+    ckpt: Ckpt,
+    tokens: Annotated[list[Path], typer.Argument(metavar="TOKENS...", help="token files, or folders of them")],
+    out: Out,
+    file_format: Annotated[str, typer.Option("--format", help="stl, ply, glb, obj, off or nii.gz")] = "stl",
+    like: Annotated[Path | None, typer.Option(help="volume whose grid a nii.gz gets")] = None,
+    spacing_mm: Annotated[float | None, typer.Option("--spacing-mm", help="cubic voxels of a nii.gz")] = None,
+    mesh_space: Annotated[Space, typer.Option("--mesh-space", help="space that meshes are written in")] = Space.LPS,
+    device: Device = None,
+    no_ema: NoEma = False,
+    debug: Debug = False,
+) -> int:
+    """Token files to meshes (or masks on a volume's grid) in millimetres, under the same stem."""
+    from trellis.pipelines.batch import VolumeGrid, decode_many
+    from trellis.pipelines.tokenizer import SparseSDFTokenizer
+
+    if like is not None and spacing_mm is not None:
+        raise ValueError("--like and --spacing-mm exclude each other: one grid is needed")
+    grid = VolumeGrid.like(like) if like else VolumeGrid(spacing_mm=spacing_mm) if spacing_mm is not None else None
+    tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
+    with progress_on_stderr("decoding") as progress:
+        outcome = decode_many(
+            tokenizer, tokens, out, file_format=file_format, mesh_space=mesh_space.value, grid=grid, progress=progress
+        )
+    return report_outcome(outcome, out, "files")
+
+
+def report_outcome(outcome: Any, out: Path, what: str) -> int:
+    """Print what a batch did; returns its exit code."""
+    for failure in outcome.failures:
+        reason = failure.reason if failure.source in failure.reason else f"{failure.source}: {failure.reason}"
+        print(f"failed: {reason}", file=sys.stderr)
+    kept = f", {len(outcome.skipped)} there already" if outcome.skipped else ""
+    failed = f", {len(outcome.failures)} failed (see {out / 'errors.csv'})" if outcome.failures else ""
+    print(f"{out}: {len(outcome.written)} {what} written{kept}{failed}")
+    return outcome.exit_code
+
+
+@app.command(epilog="Example: trellis-vqvae evaluate run/ data/ --split test -o eval/")
+@edge
+def evaluate(
+    inputs: Annotated[list[str], typer.Argument(metavar="CKPT DATA", help="checkpoint and prepared folder")],
+    out: Out,
+    split: Annotated[Split, typer.Option(help="which shapes")] = Split.test,
+    resolution: Resolution = None,
+    baseline: Annotated[str | None, typer.Option(help="tsdf: score the TSDF itself; CKPT is not needed")] = None,
+    workers: Annotated[int, typer.Option(help="processes that compute metrics")] = 1,
+    device: Device = None,
+    no_ema: NoEma = False,
+    debug: Debug = False,
+) -> int:
+    """Score decoded meshes against the truth: metrics.csv, summary.json and report.html."""
+    from trellis.pipelines.evaluate import BASELINES, evaluate_dataset, table
+    from trellis.pipelines.tokenizer import SparseSDFTokenizer
+
+    if baseline is not None and baseline not in BASELINES:
+        raise ValueError(f"--baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
+    if len(inputs) != 2 and not (baseline and len(inputs) == 1):
+        raise ValueError(f"evaluate takes CKPT and DATA (DATA alone with --baseline), got {len(inputs)} arguments")
+    tokenizer = None
+    if baseline is None:
+        tokenizer = SparseSDFTokenizer.from_pretrained(inputs[0], device=device, ema=not no_ema)
+    with progress_on_stderr("evaluating") as progress:
+        summary = evaluate_dataset(
+            tokenizer, inputs[-1], out, split=split.value, resolution=resolution, workers=workers, progress=progress
+        )
+    print(table(summary))
+    print(f"{out}: metrics.csv, summary.json, report.html")
+    return EXIT_FAILED if summary["n_failed"] else EXIT_DONE
+
+
+@app.command(epilog="Example: trellis-vqvae inspect liver.stl")
+@edge
+def inspect(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="meshes, volumes, prepared .npz, token files, models")],
+    mesh_space: MeshSpace = Space.LPS,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    debug: Debug = False,
+) -> int:
+    """Say what is in a file, what is wrong with it, and what would be done about it."""
+    import json
+
+    from trellis.pipelines.inspect_file import as_text, inspect_file
+
+    problems = 0
+    for path in files:
+        facts = inspect_file(path, mesh_space=mesh_space.value)
+        problems += bool(facts.get("refused"))
+        print(json.dumps(facts) if json_output else as_text(facts))
+    return EXIT_FAILED if problems else EXIT_DONE
+
+
+@app.command(epilog="Example: trellis-vqvae doctor")
+@edge
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", help="seconds for each probe")] = 180.0,
+    debug: Debug = False,
+) -> int:
+    """Show versions, devices and backends, run a tiny piece of each part, and say what to do about what is missing."""
+    import json
+
+    from trellis.doctor import as_text, examine
+
+    report = examine(timeout_s=timeout_s)
+    print(json.dumps(report.as_dict(), indent=2) if json_output else as_text(report))
+    return EXIT_DONE if report.ok else EXIT_FAILED
+
+
+def main() -> None:
+    """Entry point of the trellis-vqvae command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

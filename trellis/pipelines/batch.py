@@ -1,0 +1,268 @@
+"""Many shapes to token files and many token files to meshes or volumes: resumable, with every failure recorded."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
+from trellis.pipelines.token_files import TOKEN_SUFFIX, load_tokens, save_tokens
+from trellis.pipelines.tokenizer import SparseSDFTokenizer
+from trellis.utils.blocks import SparseSDFBlocks
+from trellis.utils.io_utils import atomic_write, sha256_of_file
+
+MESH_FORMATS = ("stl", "ply", "glb", "obj", "off")
+VOLUME_FORMAT = "nii.gz"
+ERRORS_NAME = "errors.csv"
+
+HANDLED = (ValueError, OSError, MemoryError, RuntimeError)
+"""What one shape may fail with while the others go on; RuntimeError is what PyTorch raises when memory runs out."""
+
+Progress = Callable[[int, int], None]
+"""Told after each source how many are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A shape that could not be handled.
+
+    Attributes:
+        source: the input as the user named it, for the terminal; it goes into no file.
+        id: the shape's sha256, or that of the input's content; stage: what failed; reason: one line.
+    """
+
+    source: str
+    id: str
+    stage: str
+    reason: str
+
+
+@dataclass
+class Outcome:
+    """What a batch did: files written, files that were there already, and failures."""
+
+    written: list[Path] = field(default_factory=list)
+    skipped: list[Path] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 when something failed."""
+        return 1 if self.failures else 0
+
+
+def encode_many(
+    tokenizer: SparseSDFTokenizer,
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    options: InputOptions,
+    *,
+    progress: Progress = lambda done, total: None,
+    written: Callable[[ShapeInput, Path], None] = lambda shape, path: None,
+) -> Outcome:
+    """Write `{sha256}_r{R}.safetensors` below `out` for every shape of the inputs.
+
+    A token file that is there, whole and of this model is kept. A shape that fails is recorded in the outcome and in
+    errors.csv, and the rest goes on.
+
+    Args:
+        progress: called after each source. written: called after each file.
+
+    Raises:
+        ValueError: an input that is not there or of no known kind; nothing is done then.
+    """
+    out = Path(out)
+    sources = sources_of(inputs, options)
+    outcome = Outcome()
+    for done, source in enumerate(sources, start=1):
+        for shape in _shapes_of(source, outcome):
+            path = out / f"{shape.sha256}_r{shape.resolution}{TOKEN_SUFFIX}"
+            if _is_done(path, shape, tokenizer):
+                outcome.skipped.append(path)
+                continue
+            try:
+                tokens = tokenizer.encode(shape.load(), label=shape.label, sha256=shape.sha256)
+                save_tokens(path, tokens)
+            except HANDLED as error:
+                outcome.failures.append(Failure(source.name, shape.sha256, "encode", _one_line(error)))
+                continue
+            outcome.written.append(path)
+            written(shape, path)
+        progress(done, len(sources))
+    write_errors(out, outcome.failures)
+    return outcome
+
+
+def _shapes_of(source: Source, outcome: Outcome) -> Iterator[ShapeInput]:
+    """The shapes of a source; when it cannot be read that is a failure of the outcome."""
+    try:
+        yield from source.shapes()
+    except HANDLED as error:
+        outcome.failures.append(Failure(source.name, _content_id(source.name), "read", _one_line(error)))
+
+
+def _content_id(name: str) -> str:
+    try:
+        return sha256_of_file(name)
+    except OSError:
+        return "unreadable"
+
+
+def _is_done(path: Path, shape: ShapeInput, tokenizer: SparseSDFTokenizer) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        tokens = load_tokens(path)
+    except ValueError:
+        return False
+    return (tokens.model_hash, tokens.sha256, tokens.resolution) == (
+        tokenizer.model_hash, shape.sha256, shape.resolution,
+    )  # fmt: skip
+
+
+def token_paths(inputs: Sequence[str | Path]) -> list[Path]:
+    """Token files from files and folders (all *.safetensors directly in a folder), without repeats.
+
+    Raises:
+        ValueError: a path that is not there, or a folder without token files.
+    """
+    paths: list[Path] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            found = sorted(path.glob(f"*{TOKEN_SUFFIX}"))
+            if not found:
+                raise ValueError(f"{path}: the folder holds no token file (*{TOKEN_SUFFIX})")
+            paths += found
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise ValueError(f"{path}: no such file")
+    return list(dict.fromkeys(paths))
+
+
+@dataclass(frozen=True)
+class VolumeGrid:
+    """Voxels to write a shape on: those of a reference (affine [4, 4], shape), or cubes of `spacing_mm` around it."""
+
+    affine: np.ndarray | None = None
+    shape: tuple[int, int, int] | None = None
+    spacing_mm: float | None = None
+
+    @classmethod
+    def like(cls, path: str | Path) -> VolumeGrid:
+        """The grid of any volume file that has a geometry, whatever its voxels hold."""
+        from trellis.geometry.volume_readers import read_raw_volume
+
+        raw = read_raw_volume(path)
+        if raw.affine is None:
+            raise ValueError(f"{path}: has no voxel spacing, and so no place in millimetres")
+        return cls(affine=raw.affine, shape=tuple(int(n) for n in raw.data.shape[:3]))
+
+    def voxels_inside(self, blocks: SparseSDFBlocks) -> tuple[np.ndarray, np.ndarray]:
+        """bool [X, Y, Z] and its affine."""
+        from trellis.geometry.voxelize import grid_around, voxelize
+
+        if self.affine is not None and self.shape is not None:
+            affine, shape = self.affine, self.shape
+        else:
+            affine, shape = grid_around(blocks, float(self.spacing_mm or 0))
+        return voxelize(blocks, affine, shape), affine
+
+
+def decode_many(
+    tokenizer: SparseSDFTokenizer,
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    file_format: str = "stl",
+    mesh_space: str = "LPS",
+    grid: VolumeGrid | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Outcome:
+    """Write a mesh, or a mask on a volume's grid, for every token file, under the same stem.
+
+    Args:
+        file_format: one of `MESH_FORMATS`, or "nii.gz", which needs `grid`.
+        mesh_space: "LPS" or "RAS", of the meshes that are written (they are tagged).
+
+    Raises:
+        ValueError: an unknown format, a missing grid, or inputs that are not there; nothing is done then.
+    """
+    file_format = file_format.lower().lstrip(".")
+    if file_format not in (*MESH_FORMATS, VOLUME_FORMAT):
+        raise ValueError(f"format must be one of {', '.join((*MESH_FORMATS, VOLUME_FORMAT))}, got {file_format!r}")
+    if file_format == VOLUME_FORMAT and grid is None:
+        raise ValueError("format nii.gz needs --like REFERENCE or --spacing-mm, the voxels to write on")
+    if file_format != VOLUME_FORMAT and grid is not None:
+        raise ValueError(f"--like and --spacing-mm belong to format nii.gz, got format {file_format!r}")
+    out, outcome = Path(out), Outcome()
+    paths = token_paths(inputs)
+    twice = sorted({path.stem for path in paths if [p.stem for p in paths].count(path.stem) > 1})
+    if twice:
+        raise ValueError(f"two token files have the stem {twice[0]!r}: decode them into different folders")
+    for done, path in enumerate(paths, start=1):
+        target = out / f"{path.stem}.{file_format}"
+        try:
+            _decode_one(tokenizer, path, target, mesh_space, grid)
+            outcome.written.append(target)
+        except HANDLED as error:
+            outcome.failures.append(Failure(str(path), path.stem, "decode", _one_line(error)))
+        progress(done, len(paths))
+    write_errors(out, outcome.failures)
+    return outcome
+
+
+def _decode_one(
+    tokenizer: SparseSDFTokenizer, path: Path, target: Path, mesh_space: str, grid: VolumeGrid | None
+) -> None:
+    blocks = tokenizer.decode(path)
+    if grid is not None:
+        inside, affine = grid.voxels_inside(blocks)
+        write_mask(target, inside, affine)
+        return
+    from trellis.geometry.isosurface import extract_mesh
+    from trellis.utils.mesh_utils import write_mesh
+
+    vertices, faces = extract_mesh(blocks)
+    if len(faces) == 0:
+        raise ValueError(f"{path}: the decoded field has no surface; there is nothing to write")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_mesh(target, vertices, faces, mesh_space=mesh_space)
+
+
+def write_mask(path: Path, inside: np.ndarray, affine: np.ndarray) -> None:
+    """A 0/1 NIfTI in RAS mm, atomically; its header holds the geometry and nothing else."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(inside.astype(np.uint8), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    with atomic_write(path) as stream, gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as packed:
+        packed.write(image.to_bytes())
+
+
+def write_errors(out: Path, failures: Sequence[Failure]) -> None:
+    """errors.csv with id, stage, reason; an older one goes away when there is nothing to record."""
+    path = out / ERRORS_NAME
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["id", "stage", "reason"])
+    rows.writerows([f.id, f.stage, f.reason.replace(f.source, "<source>")] for f in failures)
+    with atomic_write(path) as stream:
+        stream.write(text.getvalue().encode())
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

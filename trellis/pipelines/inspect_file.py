@@ -1,0 +1,197 @@
+"""What is in a file of any kind that the project reads: a mesh, a volume, a prepared shape, tokens, or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trellis.pipelines.shape_inputs import is_prepared_file
+from trellis.utils.io_utils import load_sparse_sdf
+
+Facts = dict[str, Any]
+
+
+def inspect_file(path: str | Path, *, mesh_space: str = "LPS") -> Facts:
+    """Plain facts of a file, ready for JSON: `file`, `kind`, what that kind has, and `refused` with the reason.
+
+    Args:
+        mesh_space: space of a mesh file that does not say.
+
+    Raises:
+        ValueError: no such file, or of no known kind. A file of a known kind that cannot be used is no error here: its
+            facts hold `refused`.
+    """
+    from trellis.geometry.volume import is_volume_file
+    from trellis.utils.mesh_utils import is_mesh_file
+
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    kinds = (
+        ("prepared shape", is_prepared_file, _prepared),
+        ("tokens", _is_token_file, _tokens),
+        ("model", _is_model, _model),
+        ("volume", is_volume_file, _volume),
+        ("mesh", is_mesh_file, lambda p: _mesh(p, mesh_space)),
+    )
+    for kind, belongs, read in kinds:
+        if belongs(path):
+            facts: Facts = {"file": str(path), "kind": kind}
+            try:
+                return {**facts, **read(path)}
+            except ValueError as error:
+                return {**facts, "refused": str(error)}
+    raise ValueError(f"{path}: neither a mesh, volume, prepared shape, token file nor model, by its name and content")
+
+
+def as_text(facts: Facts) -> str:
+    """The facts for a terminal: the file, then a line a fact."""
+    lines = [f"{facts['file']}: {facts['kind']}"]
+    for key, value in facts.items():
+        if key in ("file", "kind"):
+            continue
+        name = key.replace("_", " ")
+        if isinstance(value, list) and value and all(isinstance(item, (str, dict)) for item in value):
+            lines += [f"  {name}:", *(f"    {_inline(item)}" for item in value)]
+        else:
+            lines.append(f"  {name}: {_inline(value)}")
+    return "\n".join(lines)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "[" + ", ".join(_inline(item) for item in value) + "]"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value is None else str(value)
+
+
+def _mesh(path: Path, mesh_space: str) -> Facts:
+    from trellis.utils.mesh_repair import clean_mesh, inspect_mesh
+    from trellis.utils.mesh_utils import read_mesh
+
+    mesh = read_mesh(path, mesh_space=mesh_space)
+    facts: Facts = {"box_mm": _box(mesh.vertices), **plain(inspect_mesh(mesh.vertices, mesh.faces).as_dict())}
+    try:
+        vertices, faces, report = clean_mesh(mesh.vertices, mesh.faces)
+    except ValueError as error:
+        return {**facts, "refused": str(error)}
+    actions = [str(action) for action in report.actions]
+    after = {"vertices": len(vertices), "faces": len(faces), "volume_ml": volume_ml(vertices, faces)}
+    return {**facts, "would_be_done": actions or ["nothing"], "afterwards": after}
+
+
+def _volume(path: Path) -> Facts:
+    from trellis.geometry.volume import labels_of, read_volume
+
+    volume = read_volume(path)
+    counts = np.bincount(volume.data.reshape(-1)) if int(volume.data.max()) < 1 << 20 else None
+    labels = []
+    for number in labels_of(volume):
+        voxels = int(counts[number]) if counts is not None else int(np.count_nonzero(volume.data == number))
+        entry: Facts = {"label": number, "voxels": voxels, "ml": voxels * volume.voxel_volume_mm3 / 1000}
+        labels.append({**entry, "name": volume.names[number]} if number in volume.names else entry)
+    return {
+        "shape": list(volume.data.shape),
+        "spacing_mm": plain(volume.spacing_mm),
+        "affine_to_ras_mm": plain(volume.affine),
+        "notes": list(volume.notes),
+        "labels": labels,
+    }
+
+
+def _prepared(path: Path) -> Facts:
+    blocks = load_sparse_sdf(path)
+    values = blocks.block_sdf
+    return {
+        "schema": "2 (blocks)" if blocks.to_world is not None else "1 (voxel list, without a place in mm)",
+        "resolution": blocks.resolution,
+        "band_voxels": blocks.band_voxels,
+        "label": blocks.label,
+        "patient_id": blocks.patient_id,
+        "blocks": blocks.num_blocks,
+        "active_voxels": int(np.count_nonzero(blocks.active)),
+        "inside_share_of_block_voxels": float(np.mean(values < 0)) if values.size else None,
+        "voxel_size_mm": blocks.voxel_size_mm,
+        "to_world": plain(blocks.to_world),
+    }
+
+
+def _is_token_file(path: Path) -> bool:
+    from trellis.pipelines.token_files import read_token_metadata
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        read_token_metadata(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _tokens(path: Path) -> Facts:
+    from trellis.pipelines.token_files import load_tokens
+
+    tokens = load_tokens(path)
+    codes, positions = tokens.bits()
+    return {
+        "label": tokens.label,
+        "sha256": tokens.sha256,
+        "resolution": tokens.resolution,
+        "tokens": tokens.num_tokens,
+        "distinct_codes": int(len(np.unique(tokens.ids))),
+        "quantizer": tokens.quantizer,
+        "codebook_size": tokens.codebook_size,
+        "bits_of_codes": codes,
+        "bits_of_positions": positions,
+        "model_hash": tokens.model_hash,
+        "to_world": plain(tokens.to_world),
+    }
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or path.suffix == ".safetensors"
+
+
+def _model(path: Path) -> Facts:
+    from trellis.pipelines.checkpoints import find_model, load_model
+    from trellis.pipelines.tokenizer import model_hash
+
+    found = find_model(path)
+    model, resolution = load_model(path)
+    return {
+        "weights": f"{found.weights.name} ({found.what})",
+        "resolution": resolution,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "codebook_initialized": bool(model.quantizer.initialized),
+        "args": {key: value for key, value in found.args.items() if value is not None},
+        "model_hash": model_hash(model),
+    }
+
+
+def _box(vertices: np.ndarray) -> list[list[float]]:
+    """Lowest and highest corner in RAS mm."""
+    return [plain(vertices.min(axis=0)), plain(vertices.max(axis=0))] if len(vertices) else []
+
+
+def volume_ml(vertices: np.ndarray, faces: np.ndarray) -> float:
+    """Signed volume of a closed surface in ml: the sum of its tetrahedra to the centroid."""
+    corners = vertices[faces] - vertices.mean(axis=0)
+    return float(np.einsum("ij,ij->i", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])).sum() / 6000)
+
+
+def plain(value: Any) -> Any:
+    """Numbers, lists, dicts and text of anything that NumPy may be part of."""
+    if isinstance(value, np.ndarray):
+        return [plain(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

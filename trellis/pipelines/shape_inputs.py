@@ -1,0 +1,189 @@
+"""What a user hands to `encode`: meshes, label volumes, prepared files and prepared folders, as shapes one by one."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from trellis.utils.blocks import BAND_VOXELS, SparseSDFBlocks, check_resolution
+from trellis.utils.io_utils import load_sparse_sdf, sha256_of_file
+
+MeshArrays = tuple[np.ndarray, np.ndarray]
+_PREPARED_NAME = re.compile(r"([0-9A-Za-z_-]{1,128})_r(\d+)")
+_PREPARED_FIELDS = {"block_index", "sparse_index", "sparse_sdf/sparse_index"}
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How inputs are read.
+
+    Attributes:
+        resolution: of meshes and volumes, and of the files taken from a prepared folder.
+        split: of prepared folders, "train", "val", "test" or "all".
+        mesh_space: "LPS" or "RAS", the space of mesh files that do not say.
+        labels: label values or names of volumes that are taken; None: all.
+        label: name of a mesh's structure; None: the file's stem.
+        max_hole_mm, nested: see `trellis.utils.mesh_repair.clean_mesh`.
+        device: where distances are computed, "cpu" or "cuda".
+    """
+
+    resolution: int | None = None
+    split: str = "all"
+    mesh_space: str = "LPS"
+    labels: tuple[str, ...] | None = None
+    label: str | None = None
+    max_hole_mm: float | None = None
+    nested: str = "cavity"
+    device: str = "cpu"
+
+    def required_resolution(self) -> int:
+        """The resolution; ValueError when none is known."""
+        if self.resolution is None:
+            raise ValueError("resolution must be given: this model does not say which one it was trained at")
+        return check_resolution(self.resolution)
+
+
+@dataclass(frozen=True)
+class ShapeInput:
+    """One shape that is yet to be read.
+
+    Attributes:
+        source: the input that it comes from, for messages; sha256, label: its identity; resolution: voxels per side.
+        load: reads or computes its blocks; ValueError where that cannot be done.
+    """
+
+    source: str
+    sha256: str
+    label: str
+    resolution: int
+    load: Callable[[], SparseSDFBlocks]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file, or one shape of a prepared folder: its name for messages, and its shapes when asked for."""
+
+    name: str
+    shapes: Callable[[], Iterator[ShapeInput]]
+
+
+def sources_of(paths: Sequence[str | Path], options: InputOptions) -> list[Source]:
+    """The sources of some inputs, in order; prepared folders are listed right away, files are not yet read.
+
+    Raises:
+        ValueError: a path that is not there or of no known kind, or a prepared folder without such a split.
+    """
+    from trellis.geometry.volume import is_volume_file
+    from trellis.utils.mesh_utils import is_mesh_file
+
+    sources: list[Source] = []
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            sources += [Source(s.source, partial(iter, (s,))) for s in _prepared_folder(path, options)]
+        elif not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        elif is_prepared_file(path):
+            sources.append(Source(str(path), partial(_prepared_file, path)))
+        elif is_volume_file(path):
+            sources.append(Source(str(path), partial(_volume, path, options)))
+        elif is_mesh_file(path):
+            sources.append(Source(str(path), partial(_mesh, path, options)))
+        else:
+            raise ValueError(f"{path}: neither a mesh, nor a label volume, nor a prepared .npz")
+    return sources
+
+
+def is_prepared_file(path: Path) -> bool:
+    """Whether an .npz holds a sparse SDF (by the names inside it; an .npz may also hold a volume)."""
+    if path.suffix.lower() != ".npz":
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return True  # loading it then says what is wrong
+    return bool(names & _PREPARED_FIELDS)
+
+
+def blocks_of_mesh(vertices: np.ndarray, faces: np.ndarray, options: InputOptions) -> SparseSDFBlocks:
+    """The sparse SDF of a surface in RAS mm, cleaned first as a preparation does.
+
+    Raises:
+        ValueError: a surface that cannot be repaired, or no resolution.
+    """
+    from trellis.geometry.sdf import mesh_to_sparse_sdf
+    from trellis.utils.mesh_repair import clean_mesh
+
+    resolution = options.required_resolution()
+    vertices, faces, _ = clean_mesh(vertices, faces, max_hole_mm=options.max_hole_mm, nested=options.nested)
+    return mesh_to_sparse_sdf(vertices, faces, resolution, band_voxels=BAND_VOXELS, device=options.device)
+
+
+def identity_of_prepared(path: Path) -> str:
+    """The sha256 in a prepared file's name, or else of its content."""
+    match = _PREPARED_NAME.fullmatch(path.stem)
+    return match[1] if match else sha256_of_file(path)
+
+
+def _prepared_folder(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
+    from trellis.datasets.sparse_sdf import SparseSDF
+
+    dataset = SparseSDF(path, resolution=options.required_resolution(), split=options.split)
+    for item in dataset.items:
+        yield ShapeInput(item.sha256, item.sha256, item.label, dataset.resolution, partial(load_sparse_sdf, item.path))
+
+
+def _prepared_file(path: Path) -> Iterator[ShapeInput]:
+    blocks = load_sparse_sdf(path)
+    yield ShapeInput(path.name, identity_of_prepared(path), blocks.label, blocks.resolution, lambda: blocks)
+
+
+def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
+    from trellis.preparation.tasks import shape_id
+    from trellis.utils.mesh_utils import read_mesh
+
+    def load() -> SparseSDFBlocks:
+        mesh = read_mesh(path, mesh_space=options.mesh_space)
+        try:
+            return blocks_of_mesh(mesh.vertices, mesh.faces, options)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    label = options.label if options.label is not None else path.name.split(".")[0]
+    identity = shape_id(sha256_of_file(path), label)
+    yield ShapeInput(str(path), identity, label, options.required_resolution(), load)
+
+
+def _volume(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
+    from trellis.geometry.volume import label_surfaces, labels_of, read_volume
+    from trellis.preparation.tasks import shape_id
+
+    volume = read_volume(path)
+    content = sha256_of_file(path)
+    numbers = labels_of(volume)
+    names = [volume.names.get(number) or str(number) for number in numbers]
+    named = {n: f"{name}_{n}" if names.count(name) > 1 else name for n, name in zip(numbers, names)}
+    if options.labels is not None:
+        named = {n: name for n, name in named.items() if {str(n), name} & set(options.labels)}
+        if not named:
+            raise ValueError(f"{path}: holds none of the labels {list(options.labels)}; it has {names[:20]}")
+    surfaces: dict[int, MeshArrays] = {}
+
+    def load(number: int) -> SparseSDFBlocks:
+        if not surfaces:  # all labels at once, and only when one of them is not done yet
+            surfaces.update(label_surfaces(volume, list(named)))
+        try:
+            return blocks_of_mesh(*surfaces.pop(number), options)
+        except ValueError as error:
+            raise ValueError(f"{path}, label {named[number]}: {error}") from None
+
+    for number, name in named.items():
+        what = f"{path}, label {name}"
+        yield ShapeInput(what, shape_id(content, name), name, options.required_resolution(), partial(load, number))
