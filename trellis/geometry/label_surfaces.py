@@ -116,7 +116,7 @@ def _surface_nets(
     nets.SetInputData(image)
     nets.SetBackgroundLabel(0)
     nets.GenerateLabels(label_count, 1, label_count)
-    nets.SetOutputStyleToBoundary() if False else nets.SetOutputStyleToDefault()
+    nets.SetOutputStyleToDefault()
     nets.SetOutputMeshTypeToTriangles()
     nets.SetTriangulationStrategyToMinEdge()
     nets.SetSmoothing(iterations > 0 and distance > 0)

@@ -155,8 +155,9 @@ def read_mgh(path: Path) -> RawVolume:
 
 def read_npy(path: Path) -> RawVolume:
     """A bare array [X, Y, Z]; it has no spacing of its own."""
-    data = np.load(path, mmap_mode="r", allow_pickle=False)
-    return RawVolume(np.array(_plain_array(data)), None)
+    with open(path, "rb") as stream:
+        data = np.load(stream, allow_pickle=False)  # reads what is there: an absurd header runs out of file first
+    return RawVolume(_plain_array(data), None)
 
 
 def read_npz(path: Path) -> RawVolume:
