@@ -77,7 +77,7 @@ def rotate(rows: Tensor, codes: Tensor) -> Tensor:
 
 
 def kmeans(rows: Tensor, num_codes: int, *, seed: int, iterations: int = 20) -> Tensor:
-    """Lloyd's k-means from a random subset of the rows; a centre that loses all rows moves to a far row.
+    """Lloyd's k-means after k-means++ seeding; a centre that loses all rows moves to a far row.
 
     Args:
         rows: [N, L]. With fewer rows than codes, rows are repeated with noise of 1 % of their spread.
@@ -93,13 +93,13 @@ def kmeans(rows: Tensor, num_codes: int, *, seed: int, iterations: int = 20) -> 
         raise ValueError(f"k-means needs at least one row and finite values, got {rows.shape[0]} rows")
     generator = torch.Generator().manual_seed(seed)
     n = rows.shape[0]
-    order = torch.randperm(n, generator=generator).to(rows.device)
     if n < num_codes:
+        order = torch.randperm(n, generator=generator).to(rows.device)
         copies = order.repeat(-(-num_codes // n))[:num_codes]
         noise = torch.randn(num_codes, rows.shape[1], generator=generator).to(rows.device)
         noise[:n] = 0
         return rows[copies] + 0.01 * rows.std(0, correction=0) * noise
-    centres = rows[order[:num_codes]].clone()
+    centres = _spread_seeds(rows, num_codes, generator)
     for _ in range(iterations):
         ids = nearest_code(rows, centres)
         counts = torch.bincount(ids, minlength=num_codes)
@@ -111,6 +111,20 @@ def kmeans(rows: Tensor, num_codes: int, *, seed: int, iterations: int = 20) -> 
             error = (rows - centres[ids]).square().sum(1)
             centres[empty] = rows[error.topk(empty.numel()).indices]
     return centres
+
+
+def _spread_seeds(rows: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii, 2007): each next seed is drawn by squared distance to the seeds so far."""
+    rows_cpu = rows.cpu()
+    chosen = torch.empty(num_codes, dtype=torch.long)
+    chosen[0] = torch.randint(rows_cpu.shape[0], (1,), generator=generator)
+    distance = (rows_cpu - rows_cpu[chosen[0]]).square().sum(1)
+    for i in range(1, num_codes):
+        total = distance.cumsum(0, dtype=torch.float64)
+        target = torch.rand(1, generator=generator, dtype=torch.float64) * total[-1]
+        chosen[i] = torch.searchsorted(total, target, right=True).clamp_max(rows_cpu.shape[0] - 1)
+        distance = torch.minimum(distance, (rows_cpu - rows_cpu[chosen[i]]).square().sum(1))
+    return rows[chosen.to(rows.device)].clone()
 
 
 class VectorQuantizer(nn.Module):

@@ -108,7 +108,7 @@ class WindowAttention(nn.Module):
     def forward(self, feats: Tensor, topology: Topology) -> Tensor:
         """[M, C] on the latent grid -> [M, C]."""
         m, channels = feats.shape
-        q, k, v = self.to_qkv(feats).view(m, 3, self.heads, -1).unbind(1)
+        q, k, v = self.to_qkv(feats).view(m, 3, self.heads, channels // self.heads).unbind(1)
         if self.q_rms_norm is not None and self.k_rms_norm is not None:
             q, k = self.q_rms_norm(q), self.k_rms_norm(k)
         plan = topology.windows(self.window_size, self.shift)

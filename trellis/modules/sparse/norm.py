@@ -34,9 +34,9 @@ class SparseGroupNorm(nn.Module):
         for start, stop in zip(offsets, offsets[1:]):
             if start == stop:
                 continue
-            # [1, C, n]: torch's own GroupNorm over the sample, two-pass statistics
+            # [1, C, n]: torch's own GroupNorm over the sample; the functional form refuses a single voxel
             part = feats[start:stop].to(wide).t()[None]
-            normed = F.group_norm(part, self.groups, self.weight.to(wide), self.bias.to(wide), self.eps)
+            normed = torch.group_norm(part, self.groups, self.weight.to(wide), self.bias.to(wide), self.eps)
             parts.append(normed[0].t().to(feats.dtype))
         if not parts:
             return feats

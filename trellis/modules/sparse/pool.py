@@ -132,12 +132,12 @@ def first_stage(
     mean, variance = mean.to(wide)[:, None], variance.to(wide)[:, None]
 
     channel_mean = mean * weight + bias
-    grouped = channel_mean.view(len(mean), groups, -1)
+    grouped = channel_mean.view(len(mean), groups, weight.shape[0] // groups)
     group_mean = grouped.mean(-1, keepdim=True)
     power = weight.square().view(groups, -1).mean(-1)
     group_variance = power * variance + (grouped - group_mean).square().mean(-1)
-    rstd = torch.rsqrt(group_variance + eps)[..., None].expand_as(grouped).reshape(len(mean), -1)
-    group_mean = group_mean.expand_as(grouped).reshape(len(mean), -1)
+    rstd = torch.rsqrt(group_variance + eps)[..., None].expand_as(grouped).reshape(channel_mean.shape)
+    group_mean = group_mean.expand_as(grouped).reshape(channel_mean.shape)
     scale = norm_weight * weight * rstd
     shift = norm_weight * (bias - group_mean) * rstd + norm_bias
 

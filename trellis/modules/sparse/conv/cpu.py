@@ -28,7 +28,7 @@ def _gather(padded: Tensor, rows: Tensor) -> Tensor:
     """[n, T] rows, -1 where there is none -> [n, T * C]."""
     missing = padded.shape[0] - 1
     index = torch.where(rows < 0, missing, rows).reshape(-1)
-    return padded.index_select(0, index).view(rows.shape[0], -1)
+    return padded.index_select(0, index).view(rows.shape[0], rows.shape[1] * padded.shape[1])
 
 
 def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
@@ -121,7 +121,7 @@ def subdivide_conv_backward(
     grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `subdivide_conv_forward` for feats [N, in] and the collapsed weights [8, 8, in, out]."""
-    children = grad.view(grid.num_rows, 8, -1)
+    children = grad.view(grid.num_rows, 8, collapsed.shape[3])
     c_in, c_out = collapsed.shape[2:]
     grad_input = torch.zeros_like(feats) if need_input else None
     wide = torch.promote_types(collapsed.dtype, torch.float32)
