@@ -55,7 +55,7 @@ class Split(str, Enum):
     all = "all"
 
 
-Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="run folder, weights file, published folder or hub id", show_default=False)]
+Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="run folder, weights file, published folder or hub id")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="folder for the results", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one")]
 NoEma = Annotated[bool, typer.Option("--no-ema", help="weights of the last step instead of the averaged ones")]
@@ -131,7 +131,7 @@ def progress_on_stderr(title: str) -> Iterator[Callable[[int, int], None]]:
 @app.command(epilog="Example: trellis-vqvae prepare patients/ -o data/ --resolution 64 --resolution 512")
 @edge
 def prepare(
-    data_root: Annotated[Path, typer.Argument(metavar="DATA_ROOT", help="searched recursively; its first folders are patients")],
+    data_root: Annotated[Path, typer.Argument(metavar="DATA_ROOT", help="searched; its first folders are patients")],
     out: Out,
     resolution: Annotated[list[int], typer.Option(help="voxels per side; repeatable")] = [64, 512, 1024],  # noqa: B006
     workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
@@ -188,7 +188,7 @@ def train(context: typer.Context) -> None:
 @edge
 def encode(
     ckpt: Ckpt,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="meshes, label volumes, prepared .npz or folders")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="meshes, volumes, prepared shapes")],
     out: Out,
     resolution: Resolution = None,
     split: Annotated[Split, typer.Option(help="of prepared folders")] = Split.all,
@@ -296,7 +296,7 @@ def evaluate(
 @app.command(epilog="Example: trellis-vqvae inspect liver.stl")
 @edge
 def inspect(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="meshes, volumes, prepared .npz, token files, models")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="mesh, volume, prepared shape, tokens, model")],
     mesh_space: MeshSpace = Space.LPS,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     debug: Debug = False,

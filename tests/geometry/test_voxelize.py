@@ -1,36 +1,38 @@
-"""Blocks onto a volume's voxels: against spheres whose inside is known, on straight, oblique and mirrored grids."""
+"""Meshes onto a volume's voxels: against spheres whose inside is known, on straight, oblique and mirrored grids."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from trellis.geometry.voxelize import InsideTest, grid_around, voxelize
-from trellis.utils.blocks import SparseSDFBlocks, block_voxel_offsets, morton_order
+from trellis.geometry.voxelize import grid_around, voxelize
 
 CENTRE = np.array([12.0, -7.0, 30.0])
 RADIUS_MM = 20.0
 
 
-def sphere_blocks(resolution: int = 64, *, hollow: bool = False) -> SparseSDFBlocks:
-    """A sphere of 20 mm around CENTRE; `hollow` cuts out a concentric one of 8 mm."""
-    to_world = np.eye(4)
-    to_world[:3, :3] *= 2 * RADIUS_MM / 0.95
-    to_world[:3, 3] = CENTRE
-    side = resolution // 8
-    index = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    voxels = index[:, None] * 8 + block_voxel_offsets()
-    r = np.linalg.norm(((voxels + 0.5) / resolution - 0.5) * to_world[0, 0], axis=-1)
-    distance = r - RADIUS_MM
-    if hollow:
-        distance = np.maximum(distance, 8.0 - r)
-    values = np.clip(distance / (4 * to_world[0, 0] / resolution), -1, 1).astype(np.float16)
-    keep = (np.abs(values) < 1).any(axis=1)
-    index, values = index[keep], values[keep]
-    order = morton_order(index)
-    return SparseSDFBlocks(
-        index[order].astype(np.int16), values[order].reshape(-1, 8, 8, 8), to_world, resolution
-    )
+def sphere(radius: float, rings: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    """A fine latitude-longitude sphere around CENTRE, outward; its chords stay within 0.02 mm of the sphere."""
+    theta = np.linspace(0, np.pi, rings + 1)[1:-1]
+    phi = np.linspace(0, 2 * np.pi, 2 * rings, endpoint=False)
+    t, p = np.meshgrid(theta, phi, indexing="ij")
+    body = np.stack([np.sin(t) * np.cos(p), np.sin(t) * np.sin(p), np.cos(t)], -1).reshape(-1, 3)
+    points = np.concatenate([[[0, 0, 1]], body, [[0, 0, -1]]]) * radius + CENTRE
+    n = len(phi)
+    first = 1 + np.arange(n)
+    faces = [np.stack([np.zeros(n, int), first, 1 + (np.arange(n) + 1) % n], -1)]
+    for ring in range(len(theta) - 1):
+        a, b = 1 + ring * n + np.arange(n), 1 + ring * n + (np.arange(n) + 1) % n
+        faces += [np.stack([a, a + n, b], -1), np.stack([b, a + n, b + n], -1)]
+    last = 1 + (len(theta) - 1) * n + np.arange(n)
+    following = 1 + (len(theta) - 1) * n + (np.arange(n) + 1) % n
+    faces.append(np.stack([last, np.full(n, len(points) - 1), following], -1))
+    return points, np.concatenate(faces)
+
+
+def hollow_sphere() -> tuple[np.ndarray, np.ndarray]:
+    outer, inner = sphere(RADIUS_MM), sphere(8.0)
+    return np.concatenate([outer[0], inner[0]]), np.concatenate([outer[1], inner[1][:, ::-1] + len(outer[0])])
 
 
 def radius_of(affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -57,48 +59,47 @@ def test_sphere_on_other_grids(kind: str, hollow: bool):
     affine = np.eye(4)
     affine[:3, :3] = matrix
     affine[:3, 3] = CENTRE - matrix @ (np.array(shape) / 2 + [0.3, -0.2, 0.1])
-    inside = voxelize(sphere_blocks(hollow=hollow), affine, shape)
+    inside = voxelize(*(hollow_sphere() if hollow else sphere(RADIUS_MM)), affine, shape)
     radius = radius_of(affine, shape)
     expected = (radius < RADIUS_MM) & ~(hollow & (radius < 8))
-    sure = (np.abs(radius - RADIUS_MM) > 0.05) & (np.abs(radius - 8) > 0.1)
-    assert expected.sum() > 5000
+    sure = (np.abs(radius - RADIUS_MM) > 0.02) & (np.abs(radius - 8) > 0.02)
+    assert expected.sum() > 5000 and sure.mean() > 0.99
     np.testing.assert_array_equal(inside[sure], expected[sure])
 
 
 def test_volume_that_cuts_or_misses_the_shape():
-    blocks = sphere_blocks()
     affine = np.eye(4)
     affine[:3, 3] = CENTRE
-    inside = voxelize(blocks, affine, (30, 25, 22))
+    inside = voxelize(*sphere(RADIUS_MM), affine, (30, 25, 22))
     radius = radius_of(affine, (30, 25, 22))
-    sure = np.abs(radius - RADIUS_MM) > 0.05
+    sure = np.abs(radius - RADIUS_MM) > 0.02
     np.testing.assert_array_equal(inside[sure], (radius < RADIUS_MM)[sure])
     affine[:3, 3] = CENTRE + 1000
-    assert not voxelize(blocks, affine, (5, 6, 7)).any()
+    assert not voxelize(*sphere(RADIUS_MM), affine, (5, 6, 7)).any()
 
 
-def test_volume_of_a_sphere_on_its_own_grid():
-    blocks = sphere_blocks()
-    affine, shape = grid_around(blocks, 0.5)
-    inside = voxelize(blocks, affine, shape)
+def test_grid_around_holds_the_shape():
+    vertices, faces = sphere(RADIUS_MM)
+    affine, shape = grid_around(vertices, 0.7)
+    inside = voxelize(vertices, faces, affine, shape)
     exact = 4 / 3 * np.pi * RADIUS_MM**3
-    assert abs(inside.sum() * 0.125 / exact - 1) < 2e-3
-    assert not inside[0].any() and not inside[:, -1].any()
+    assert abs(inside.sum() * 0.7**3 / exact - 1) < 5e-3
+    first, last = affine[:3, 3], affine[:3, 3] + 0.7 * (np.array(shape) - 1)
+    assert (first <= vertices.min(axis=0) + 1e-9).all() and (last >= vertices.max(axis=0) - 1e-9).all()
+    assert shape == (59, 59, 59)
 
 
-def test_own_voxel_centres_take_the_stored_signs():
-    blocks = sphere_blocks()
-    voxels = (blocks.block_index.astype(np.int64)[:, None] * 8 + block_voxel_offsets()).reshape(-1, 3)
-    np.testing.assert_array_equal(InsideTest(blocks)(voxels.astype(float)), blocks.block_sdf.reshape(-1) < 0)
-
-
-def test_no_block_and_bad_arguments():
-    full = sphere_blocks()
-    empty = SparseSDFBlocks(full.block_index[:0], full.block_sdf[:0], full.to_world, 64)
-    assert not voxelize(empty, np.eye(4), (4, 4, 4)).any()
-    assert not InsideTest(empty)(np.zeros((3, 3))).any()
-    with pytest.raises(ValueError, match="to_world"):
-        voxelize(SparseSDFBlocks(full.block_index, full.block_sdf, None, 64), np.eye(4), (4, 4, 4))
+def test_no_mesh_and_bad_arguments():
+    vertices, faces = sphere(RADIUS_MM, rings=8)
+    assert not voxelize(vertices[:0], faces[:0], np.eye(4), (4, 4, 4)).any()
+    with pytest.raises(ValueError, match="closed"):
+        affine = np.eye(4)
+        affine[:3, 3] = CENTRE - 25
+        voxelize(vertices, faces[:-3], affine, (50, 50, 50))
+    with pytest.raises(ValueError, match="affine"):
+        voxelize(vertices, faces, np.diag([1.0, 1.0, 0.0, 1.0]), (4, 4, 4))
     for spacing in (0.0, -1.0, float("nan"), 1e-6):
         with pytest.raises(ValueError, match="spacing_mm"):
-            grid_around(full, spacing)
+            grid_around(vertices, spacing)
+    with pytest.raises(ValueError, match="no vertices"):
+        grid_around(vertices[:0], 1.0)

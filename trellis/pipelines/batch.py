@@ -14,7 +14,6 @@ import numpy as np
 from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
 from trellis.pipelines.token_files import TOKEN_SUFFIX, load_tokens, save_tokens
 from trellis.pipelines.tokenizer import SparseSDFTokenizer
-from trellis.utils.blocks import SparseSDFBlocks
 from trellis.utils.io_utils import atomic_write, sha256_of_file
 
 MESH_FORMATS = ("stl", "ply", "glb", "obj", "off")
@@ -165,15 +164,15 @@ class VolumeGrid:
             raise ValueError(f"{path}: has no voxel spacing, and so no place in millimetres")
         return cls(affine=raw.affine, shape=tuple(int(n) for n in raw.data.shape[:3]))
 
-    def voxels_inside(self, blocks: SparseSDFBlocks) -> tuple[np.ndarray, np.ndarray]:
-        """bool [X, Y, Z] and its affine."""
+    def voxels_inside(self, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """bool [X, Y, Z] of a mesh in RAS mm, and the affine of these voxels."""
         from trellis.geometry.voxelize import grid_around, voxelize
 
         if self.affine is not None and self.shape is not None:
             affine, shape = self.affine, self.shape
         else:
-            affine, shape = grid_around(blocks, float(self.spacing_mm or 0))
-        return voxelize(blocks, affine, shape), affine
+            affine, shape = grid_around(vertices, float(self.spacing_mm or 0))
+        return voxelize(vertices, faces, affine, shape), affine
 
 
 def decode_many(
@@ -222,19 +221,22 @@ def decode_many(
 def _decode_one(
     tokenizer: SparseSDFTokenizer, path: Path, target: Path, mesh_space: str, grid: VolumeGrid | None
 ) -> None:
-    blocks = tokenizer.decode(path)
-    if grid is not None:
-        inside, affine = grid.voxels_inside(blocks)
-        write_mask(target, inside, affine)
-        return
-    from trellis.geometry.isosurface import extract_mesh
     from trellis.utils.mesh_utils import write_mesh
 
-    vertices, faces = extract_mesh(blocks)
+    tokens = load_tokens(path)
+    try:
+        vertices, faces = tokenizer.decode_mesh(tokens)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if len(faces) == 0:
         raise ValueError(f"{path}: the decoded field has no surface; there is nothing to write")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_mesh(target, vertices, faces, mesh_space=mesh_space)
+    if grid is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_mesh(target, vertices, faces, mesh_space=mesh_space)
+    elif tokens.to_world is None:
+        raise ValueError(f"{path}: the tokens have no place in millimetres (to_world), and so none in a volume")
+    else:
+        write_mask(target, *grid.voxels_inside(vertices, faces))
 
 
 def write_mask(path: Path, inside: np.ndarray, affine: np.ndarray) -> None:

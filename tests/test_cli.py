@@ -1,0 +1,248 @@
+"""The command line: help with an example each, exit codes, one clear line for an error, and real encode/decode."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from trellis.cli import app
+from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
+from trellis.models.pretrained import save_pretrained
+from trellis.pipelines.token_files import load_tokens
+
+COMMANDS = ["prepare", "train", "encode", "decode", "evaluate", "inspect", "doctor"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def box(size=(40.0, 20.0, 10.0), origin=(100.0, -50.0, 7.0)):
+    corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)
+    quads = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]])
+    return corners * size + origin, np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A published model that reconstructs nothing well, but whose fields have a surface."""
+    from trellis.datasets.sparse_sdf import collate, sample_from_blocks
+    from trellis.geometry.sdf import mesh_to_sparse_sdf
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = SparseSDFVQVAE(
+        model_channels=64, latent_channels=8, num_blocks=1, num_embeddings=32, mlp_ratio=2.0, resolution=32
+    )
+    blocks = mesh_to_sparse_sdf(*box(), 32)
+    model.initialize_codebook([collate([sample_from_blocks(blocks)])], seed=0)
+    save_pretrained(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tokenizer": {"resolution": 32}}))
+    return folder
+
+
+@pytest.fixture
+def mesh_file(tmp_path) -> Path:
+    from trellis.utils.mesh_utils import write_mesh
+
+    path = tmp_path / "in" / "box.stl"
+    path.parent.mkdir()
+    write_mesh(path, *box())
+    return path
+
+
+@pytest.fixture
+def volume_file(tmp_path) -> Path:
+    import nibabel
+
+    data = np.zeros((30, 26, 22), dtype=np.uint8)
+    data[4:20, 5:15, 3:12] = 2
+    data[4:20, 15:22, 3:18] = 7
+    path = tmp_path / "labels.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(data, np.diag([-1.5, 1.0, 2.0, 1.0])), path)
+    return path
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, None])
+def test_help(command):
+    result = run(*([command] if command else []), "--help")
+    assert result.exit_code == 0
+    text = " ".join(result.output.split())
+    if command:
+        assert "xample: " in text, "each --help shows an example"
+    else:
+        assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["encode"], "CKPT"),
+        (["no-such-command"], "no-such-command"),
+        (["decode", "x", "y", "-o", "z", "--no-such-option"], "--no-such-option"),
+        (["encode", "no/such/../run", "y", "-o", "z"], "no such checkpoint"),
+        (["evaluate", "one", "-o", "z"], "CKPT and DATA"),
+        (["evaluate", "one", "two", "-o", "z", "--baseline", "magic"], "tsdf"),
+        (["inspect", "/no/such/file.stl"], "no such file"),
+        (["prepare", "/no/such/folder", "-o", "/tmp/none"], "must be a folder"),
+        (["decode", "x", "y", "-o", "z", "--like", "a.nii", "--spacing-mm", "1"], "exclude each other"),
+    ],
+)
+def test_wrong_usage_exits_2_with_one_line(arguments, words):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.output and "Traceback" not in result.output
+
+
+def test_debug_shows_the_error_itself():
+    assert isinstance(run("inspect", "/no/such/file.stl", "--debug").exception, ValueError)
+
+
+def test_encode_decode_of_a_mesh(model_folder, mesh_file, tmp_path):
+    tokens, meshes = tmp_path / "tokens", tmp_path / "meshes"
+    result = run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    (path,) = tokens.iterdir()
+    found = load_tokens(path)
+    assert path.name == f"{found.sha256}_r32.safetensors" and found.label == "box"
+    np.testing.assert_allclose(found.to_world[:3, 3], [120, -40, 12], atol=1e-4)
+    before = path.stat().st_mtime_ns
+    again = run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu")
+    assert again.exit_code == 0 and "1 there already" in again.output and path.stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:-7])
+    repaired = run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu")
+    assert repaired.exit_code == 0 and "1 token files written" in repaired.output
+    np.testing.assert_array_equal(load_tokens(path).ids, found.ids)
+
+    from trellis.utils.mesh_utils import read_mesh
+
+    boxes = {}
+    for file_format, space in (("stl", "LPS"), ("ply", "RAS"), ("obj", "LPS"), ("off", "LPS"), ("glb", "RAS")):
+        out = meshes / file_format
+        result = run("decode", model_folder, tokens, "-o", out, "--format", file_format, "--mesh-space", space)
+        assert result.exit_code == 0, result.output
+        (mesh_path,) = out.iterdir()
+        assert mesh_path.name == f"{path.stem}.{file_format}"
+        vertices = read_mesh(mesh_path).vertices
+        boxes[file_format] = np.stack([vertices.min(axis=0), vertices.max(axis=0)])
+    for file_format in boxes:
+        np.testing.assert_allclose(boxes[file_format], boxes["stl"], atol=1e-3)
+
+
+def test_encode_of_a_label_volume_and_back_onto_its_grid(model_folder, volume_file, tmp_path):
+    import nibabel
+
+    tokens, masks = tmp_path / "tokens", tmp_path / "masks"
+    result = run("encode", model_folder, volume_file, "-o", tokens, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    labels = {load_tokens(path).label: path for path in tokens.iterdir()}
+    assert sorted(labels) == ["2", "7"]
+    one = run("encode", model_folder, volume_file, "-o", tmp_path / "one", "--label", "7", "--device", "cpu")
+    assert one.exit_code == 0 and [p.name for p in (tmp_path / "one").iterdir()] == [labels["7"].name]
+    result = run("decode", model_folder, labels["2"], "-o", masks, "--format", "nii.gz", "--like", volume_file)
+    assert result.exit_code == 0, result.output
+    mask = nibabel.load(masks / f"{labels['2'].stem}.nii.gz")
+    reference = nibabel.load(volume_file)
+    assert mask.shape == reference.shape
+    np.testing.assert_allclose(mask.affine, reference.affine, atol=1e-6)
+    result = run("decode", model_folder, labels["2"], "-o", masks, "--format", "nii.gz", "--spacing-mm", 2)
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(np.abs(np.diag(nibabel.load(masks / f"{labels['2'].stem}.nii.gz").affine)[:3]), 2)
+
+
+def test_failures_are_recorded_and_the_rest_is_done(model_folder, mesh_file, tmp_path):
+    broken = tmp_path / "in" / "secretname.stl"
+    broken.write_bytes(mesh_file.read_bytes()[:100])
+    tokens = tmp_path / "tokens"
+    result = run("encode", model_folder, broken, mesh_file, "-o", tokens, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "secretname.stl" in result.output and "Traceback" not in result.output
+    assert len(list(tokens.glob("*.safetensors"))) == 1
+    with open(tokens / "errors.csv", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["reason"] and len(row["id"]) == 64
+    assert "secretname" not in (tokens / "errors.csv").read_text()
+    assert run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu").exit_code == 0
+    assert not (tokens / "errors.csv").exists()
+
+
+def test_decode_refuses_what_it_cannot_do(model_folder, mesh_file, tmp_path):
+    tokens = tmp_path / "tokens"
+    assert run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu").exit_code == 0
+    for options, words in (
+        (["--format", "dae"], "format must be one of"),
+        (["--format", "nii.gz"], "--like"),
+        (["--format", "stl", "--spacing-mm", "1"], "nii.gz"),
+        (["--format", "nii.gz", "--like", mesh_file], "no volume reader"),
+        (["--device", "tpu"], "device must be"),
+    ):
+        result = run("decode", model_folder, tokens, "-o", tmp_path / "out", *options)
+        assert result.exit_code == 2 and words in result.output, (options, result.output)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run("decode", model_folder, empty, "-o", tmp_path / "out").exit_code == 2
+    (tmp_path / "foreign.safetensors").write_bytes(b"solid")
+    assert run("decode", model_folder, tmp_path / "foreign.safetensors", "-o", tmp_path / "out").exit_code == 1
+
+
+def test_inspect_each_kind(model_folder, mesh_file, volume_file, tmp_path):
+    tokens = tmp_path / "tokens"
+    assert run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu").exit_code == 0
+    (token_file,) = tokens.iterdir()
+    result = run("inspect", mesh_file, volume_file, token_file, model_folder, "--json")
+    assert result.exit_code == 0, result.output
+    facts = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [fact["kind"] for fact in facts] == ["mesh", "volume", "tokens", "model"]
+    assert facts[0]["would_be_done"] and facts[0]["afterwards"]["volume_ml"] == pytest.approx(8.0, rel=1e-4)
+    assert [label["label"] for label in facts[1]["labels"]] == [2, 7]
+    assert facts[1]["labels"][0]["ml"] == pytest.approx(16 * 10 * 9 * 3 / 1000)
+    assert facts[2]["model_hash"] == facts[3]["model_hash"]
+    text = run("inspect", volume_file).output
+    assert "spacing mm: [1.5, 1, 2]" in text
+
+
+def test_train_takes_train_pys_options(tmp_path):
+    result = run("train", "--config", tmp_path / "none.json", "--data_dir", tmp_path, "--output_dir", tmp_path / "run")
+    assert result.exit_code == 2
+
+
+def test_doctor_reports_and_exits(monkeypatch):
+    from trellis import doctor
+    from trellis.doctor import Finding, Report
+
+    report = Report({"packages": [Finding("torch", "missing", ok=False, advice="pip install torch")]})
+    monkeypatch.setattr(doctor, "examine", lambda timeout_s: report)
+    result = run("doctor")
+    assert result.exit_code == 1 and "pip install torch" in result.output
+    assert json.loads(run("doctor", "--json").stdout)["ok"] is False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals(number, code, tmp_path):
+    """In a process of its own: a command that is stopped says so in one line and exits as shells expect."""
+    program = (
+        "import time, trellis.cli as cli\n"
+        "@cli.app.command()\n@cli.edge\n"
+        "def wait() -> int:\n    print('ready', flush=True)\n    time.sleep(60)\n    return 0\n"
+        "cli.app(['wait'])\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert child.stdout.readline().strip() == "ready"
+    time.sleep(0.1)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in errors and errors.startswith("error: ")
