@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=0, help="which part of the sources (%(default)s)")
     parser.add_argument("--world_size", type=int, default=1, help="number of parts (%(default)s)")
     parser.add_argument("--retry-failed", action="store_true", help="try again what failed for good")
+    parser.add_argument("--prune-stale", action="store_true", help="remove files of shapes and settings that are gone")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -29,7 +29,7 @@ def default_workers() -> int:
 
 def memory_bytes() -> int:
     """Memory that this process may use: the machine's, or its control group's limit."""
-    from dask.system import memory_limit
+    from distributed.system import memory_limit
 
     return int(memory_limit())
 
@@ -79,14 +79,30 @@ def _local_client(workers: int | None) -> Iterator[Any]:
     with (
         tempfile.TemporaryDirectory(prefix="trellis-prepare-") as scratch,
         dask.config.set(_dask_settings(scratch)),
+        _quiet_dask(),
         LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-            memory_limit=limit, local_directory=scratch, silence_logs=logging.CRITICAL,
+            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", memory_limit=limit,
+            local_directory=scratch, dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
+            silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):  # fmt: skip
         logger.info("%d local workers, each limited to %.1f GiB", workers, limit / (1 << 30))
         yield client
+
+
+@contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Keep the scheduler's diary out of this program's log; what matters comes back as results."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels):
+            log.setLevel(level)
 
 
 def _dask_settings(scratch: str) -> dict[str, Any]:
@@ -96,6 +112,13 @@ def _dask_settings(scratch: str) -> dict[str, Any]:
         "distributed.scheduler.worker-saturation": 1.0,  # a dying worker takes only the task that it runs along
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.target": False,
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_TRIM_THRESHOLD_": "65536",  # give memory back to the system between tasks
+            "DASK_LOGGING__DISTRIBUTED": "critical",
+        },
     }
 
 

@@ -17,6 +17,7 @@ from trellis.preparation.execution import Runner, open_runner
 from trellis.preparation.metadata import Tables, build_metadata
 from trellis.preparation.privacy import KEY_NAME, load_or_create_key, pseudonym
 from trellis.preparation.progress import progress_bar
+from trellis.preparation.prune import prune
 from trellis.preparation.settings import PrepareSettings
 from trellis.preparation.split import DEFAULT_FRACTIONS
 from trellis.preparation.tasks import SDFTask, SourceTask, compute_sdf, failure, read_source
@@ -32,6 +33,7 @@ class PrepareSummary:
         out: the prepared folder. n_sources: files that hold shapes; n_shapes: shapes, failed ones included.
         n_computed: sources read and SDFs computed by this run; 0 when everything was there already.
         n_failed: lines of errors.csv. n_duplicates: shapes found in more than one source.
+        n_stale: files that belong to nothing present and were left where they are.
         patients, shapes: per split, of shapes without error; empty for one rank of several (they are merged later).
         warnings: one line each. seconds: wall-clock time.
     """
@@ -42,6 +44,7 @@ class PrepareSummary:
     n_computed: int
     n_failed: int
     n_duplicates: int
+    n_stale: int
     patients: dict[str, int]
     shapes: dict[str, int]
     warnings: list[str] = field(default_factory=list)
@@ -77,6 +80,7 @@ def prepare_dataset(
     rank: int = 0,
     world_size: int = 1,
     retry_failed: bool = False,
+    prune_stale: bool = False,
     progress: bool = True,
 ) -> PrepareSummary:
     """Prepare every shape below a folder. Finished work is kept: a second run does nothing, a killed one continues.
@@ -94,6 +98,8 @@ def prepare_dataset(
         device: where distances are computed. rank, world_size: take every world_size-th source, and leave the tables
             to `trellis.preparation.metadata.build_metadata`, which merges the ranks.
         retry_failed: try again what failed for good (what failed for want of memory or disk always is).
+        prune_stale: remove files of shapes, sources and settings that are not present any more (else they stay, and
+            are counted).
         progress: show a bar on stderr.
 
     Local workers are spawned processes: a script that calls this needs the `if __name__ == "__main__"` guard.
@@ -125,9 +131,12 @@ def prepare_dataset(
         if world_size > 1:
             return _summary_of_rank(out, manifest, computed, time.perf_counter() - start)
         tables = build_metadata(out, fractions=split_fractions)
+        patients = {row["sha256"]: row["patient_id"] for row in tables.rows}
+        n_stale = prune(out, manifest["sources"], patients, settings.prep_hash, remove=prune_stale)
     return PrepareSummary(
         out=out, n_sources=len(tasks), n_shapes=len(tables.rows), n_computed=computed, n_failed=len(tables.failures),
-        n_duplicates=tables.duplicates, patients=tables.patients, shapes=tables.shapes,
+        n_duplicates=tables.duplicates, n_stale=0 if prune_stale else n_stale,
+        patients=tables.patients, shapes=tables.shapes,
         warnings=tables.warnings + _absent_labels(settings, tables), failures=tables.failures,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
@@ -265,7 +274,7 @@ def _summary_of_rank(out: Path, manifest: dict[str, Any], computed: int, seconds
                 failures += [done["failure"]] if done.get("failure") else []
     kept = [{name: entry[name] for name in ("id", "stage", "reason")} for entry in failures]
     return PrepareSummary(
-        out, len(manifest["sources"]), n_shapes, computed, len(kept), 0, {}, {}, failures=kept, seconds=seconds
+        out, len(manifest["sources"]), n_shapes, computed, len(kept), 0, 0, {}, {}, failures=kept, seconds=seconds
     )
 
 

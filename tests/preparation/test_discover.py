@@ -1,0 +1,49 @@
+"""Finding sources and their patients."""
+
+from __future__ import annotations
+
+import pytest
+from preparation_shapes import ellipsoid, write_labels, write_stl
+
+from trellis.preparation.discover import find_sources
+
+
+@pytest.fixture
+def root(tmp_path):
+    vertices, faces = ellipsoid(level=1)
+    write_stl(tmp_path / "sub-01" / "ses-1" / "liver.stl", vertices, faces)
+    write_stl(tmp_path / "sub-02" / "Liver.STL", vertices, faces)
+    write_labels(tmp_path / "sub-02" / "seg.nii.gz")
+    write_stl(tmp_path / "loose.stl", vertices, faces)
+    write_stl(tmp_path / ".trash" / "old.stl", vertices, faces)
+    (tmp_path / "sub-01" / "report.txt").write_text("text")
+    return tmp_path
+
+
+def test_first_folder_is_the_patient(root, caplog):
+    found = find_sources(root)
+    assert [(s.relative, s.kind, s.patient) for s in found.sources] == [
+        ("loose.stl", "mesh", "loose"),
+        ("sub-01/ses-1/liver.stl", "mesh", "sub-01"),
+        ("sub-02/Liver.STL", "mesh", "sub-02"),
+        ("sub-02/seg.nii.gz", "volume", "sub-02"),
+    ]
+    assert found.others == 1 and "lie directly in DATA_ROOT" in caplog.text
+
+
+@pytest.mark.parametrize("regex", [r"sub-(\d+)", r"x?sub-(?P<patient>\d+)", r"(?<=sub-)\d+"])
+def test_patient_regex(root, regex):
+    found = find_sources(root, patient_regex=regex)
+    assert [source.patient for source in found.sources] == ["01", "02", "02"]
+    assert found.unmatched == ["loose.stl"]
+
+
+def test_links_are_followed_once_and_loops_end(root):
+    (root / "sub-01" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "sub-03").symlink_to(root / "sub-01", target_is_directory=True)
+    relatives = [source.relative for source in find_sources(root).sources]
+    assert len(relatives) == 4
+
+
+def test_a_folder_can_be_left_out(root):
+    assert {s.patient for s in find_sources(root, exclude=root / "sub-02").sources} == {"loose", "sub-01"}

@@ -1,0 +1,102 @@
+"""Names of people, folders and files stay out of everything that is written."""
+
+from __future__ import annotations
+
+import logging
+import re
+import stat
+
+import nibabel
+import pytest
+from preparation_shapes import ellipsoid, write_labels, write_stl
+
+from trellis.preparation.prepare import prepare_dataset
+from trellis.preparation.privacy import label_without_patient, load_or_create_key, pseudonym, scrub
+
+OPTIONS = {"resolutions": (32,), "workers": 0, "progress": False}
+NAMES = ("Quillfeather", "Zebedee", "Ostropoler", "19570413", "Wigglesworth")
+
+
+@pytest.fixture
+def hospital(tmp_path):
+    root = tmp_path / "Wigglesworth_ward"
+    vertices, faces = ellipsoid()
+    write_stl(root / "Quillfeather_Zebedee" / "19570413" / "Quillfeather_Zebedee_spleen.stl", vertices, faces)
+    path = write_labels(root / "Ostropoler" / "Ostropoler_scan.nii.gz")
+    image = nibabel.load(path)
+    image.header["descrip"] = b"Ostropoler 19570413"
+    image.header["db_name"] = b"Wigglesworth"
+    nibabel.save(image, path)
+    (root / "Ostropoler" / "Quillfeather.stl").write_bytes(b"solid Zebedee 19570413")
+    (root / "Ostropoler" / "Zebedee.nii.gz").write_bytes(b"not gzip")
+    write_stl(root / "Zebedee" / "Zebedee.stl", *ellipsoid((9, 9, 7)))
+    return root
+
+
+def everything_written(out):
+    for path in out.rglob("*"):
+        yield str(path.relative_to(out)).encode()
+        if path.is_file():
+            yield path.read_bytes()
+
+
+def test_no_name_in_any_output(hospital, tmp_path, caplog):
+    out = tmp_path / "out"
+    with caplog.at_level(logging.INFO):
+        summary = prepare_dataset(hospital, out, **OPTIONS)
+    assert summary.n_shapes == 4 and summary.n_failed == 2
+    for name in NAMES:
+        for content in everything_written(out):
+            assert name.lower().encode() not in content.lower(), name
+        assert name not in caplog.text
+        assert name not in repr(summary.failures)
+    assert "spleen" in (out / "metadata.csv").read_text()
+
+
+def test_names_are_kept_on_request(hospital, tmp_path):
+    out = tmp_path / "out"
+    prepare_dataset(hospital, out, **OPTIONS, keep_patient_ids=True, keep_source_paths=True)
+    text = (out / "metadata.csv").read_text()
+    assert "Ostropoler/Ostropoler_scan.nii.gz" in text and ",Quillfeather_Zebedee," in text
+    errors = (out / "errors.csv").read_text()
+    assert errors.splitlines()[0] == "id,stage,reason,source" and "Ostropoler/Zebedee.nii.gz" in errors
+    assert prepare_dataset(hospital, out, **OPTIONS).n_stale > 0
+    assert prepare_dataset(hospital, out, **OPTIONS, prune_stale=True).n_stale == 0
+    for name in NAMES[:3]:
+        for content in everything_written(out):
+            assert name.encode() not in content, "a later run without the options takes the names out again"
+
+
+def test_the_key_is_secret_and_decides_the_pseudonyms(tmp_path):
+    first = load_or_create_key(tmp_path / "one")
+    assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o600
+    assert load_or_create_key(tmp_path / "one") == first
+    second = load_or_create_key(tmp_path / "two")
+    assert pseudonym(first, "patient", "Doe") != pseudonym(second, "patient", "Doe")
+    assert pseudonym(first, "patient", "Doe") != pseudonym(first, "source", "Doe")
+    assert re.fullmatch("[0-9a-f]{16}", pseudonym(first, "patient", "Doe"))
+    (tmp_path / "one").chmod(0o644)
+    load_or_create_key(tmp_path / "one")
+    assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o600
+    (tmp_path / "bad").write_text("secret")
+    with pytest.raises(ValueError, match="hexadecimal digits"):
+        load_or_create_key(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("label", "patient", "expected"),
+    [
+        ("doe_jane_liver", "doe_jane", "liver"),
+        ("liver-DOE_JANE-left", "doe_jane", "liver_left"),
+        ("doe", "doe", "shape"),
+        ("kidney_left", "doe", "kidney_left"),
+        ("12", "12", "12"),
+        ("left lobe of doe", "doe", "left_lobe_of"),
+    ],
+)
+def test_labels_lose_the_patients_name(label, patient, expected):
+    assert label_without_patient(label, patient) == expected
+
+
+def test_scrub_takes_the_longest_name_first():
+    assert scrub("/a/doe/doe_scan.stl: bad", ["doe", "/a/doe/doe_scan.stl", "doe_scan.stl"]) == "<source>: bad"

@@ -1,0 +1,90 @@
+"""Local worker processes: killed workers and a killed run lose nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from preparation_shapes import make_patients
+
+from trellis.preparation.execution import open_runner
+from trellis.preparation.prepare import prepare_dataset
+from trellis.utils.io_utils import load_sparse_sdf
+
+
+def double(x):
+    return 2 * x
+
+
+def die_on_three(x):
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return 2 * x
+
+
+def fail_on_two(x):
+    if x == 2:
+        raise RuntimeError("a bug")
+    return x
+
+
+def lost(task, reason):
+    return reason
+
+
+def test_a_task_that_kills_its_worker_is_given_up_and_the_rest_is_done():
+    with open_runner(workers=2) as run:
+        results = dict(run(die_on_three, list(range(8)), lost))
+        assert "worker process died" in results.pop(3)
+        assert results == {x: 2 * x for x in range(8) if x != 3}
+        results = dict(run(fail_on_two, list(range(4)), lost))
+        assert results == {0: 0, 1: 1, 2: "RuntimeError: a bug", 3: 3}
+        assert dict(run(double, [], lost)) == {}
+
+
+def test_no_scheduler_there():
+    with pytest.raises(ValueError, match="scheduler"), open_runner(scheduler="not an address"):
+        pass
+
+
+def test_a_killed_run_continues(tmp_path):
+    root, out = make_patients(tmp_path / "in", 12), tmp_path / "out"
+    command = [sys.executable, "-m", "dataset_toolkits.compute_sparse_sdf", root, out, "--resolutions", "32", "64",
+               "--workers", "2", "--quiet"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(list(map(str, command)), env=environment)
+    finished = out / "records" / "sdf"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not finished.is_dir() or len(list(finished.glob("*.json"))) < 3):
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    run.kill()
+    run.wait()
+    done = len(list(finished.glob("*.json")))
+    assert 3 <= done < 24 and not (out / "metadata.csv").exists()
+    for path in (out / "sparse_sdf").glob("*.npz"):
+        load_sparse_sdf(path)  # whole, or not there at all
+    time.sleep(0.5)  # workers notice that their run is gone, and end
+    options = {"resolutions": (32, 64), "workers": 0, "progress": False}
+    summary = prepare_dataset(root, out, **options)
+    assert 0 < summary.n_computed <= 24 - done + 12 and summary.exit_code == 0
+    clean = tmp_path / "clean"
+    prepare_dataset(root, clean, **options)
+    assert not list(out.rglob("*.tmp"))
+    names = sorted(path.name for path in (clean / "sparse_sdf").iterdir())
+    assert sorted(path.name for path in (out / "sparse_sdf").iterdir()) == names
+    for name in names:
+        one, two = load_sparse_sdf(out / "sparse_sdf" / name), load_sparse_sdf(clean / "sparse_sdf" / name)
+        np.testing.assert_array_equal(one.block_index, two.block_index)
+        np.testing.assert_array_equal(one.block_sdf, two.block_sdf)
+    with open(out / "metadata.csv", newline="") as stream:
+        rows = [row["sha256"] for row in csv.DictReader(stream)]
+    assert len(rows) == 12 == len(set(rows))
