@@ -205,7 +205,7 @@ def test_inspect_each_kind(model_folder, mesh_file, volume_file, tmp_path):
     assert result.exit_code == 0, result.output
     facts = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert [fact["kind"] for fact in facts] == ["mesh", "volume", "tokens", "model"]
-    assert facts[0]["would_be_done"] and facts[0]["afterwards"]["volume_ml"] == pytest.approx(8.0, rel=1e-4)
+    assert facts[0]["num_faces"] == 12 and facts[0]["afterwards"]["volume_ml"] == pytest.approx(8.0, rel=1e-4)
     assert [label["label"] for label in facts[1]["labels"]] == [2, 7]
     assert facts[1]["labels"][0]["ml"] == pytest.approx(16 * 10 * 9 * 3 / 1000)
     assert facts[2]["model_hash"] == facts[3]["model_hash"]

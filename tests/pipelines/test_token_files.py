@@ -155,13 +155,6 @@ def test_other_safetensors_and_versions(tmp_path):
         load_tokens(tmp_path / "none.safetensors")
 
 
-def test_bits_are_counted_with_positions():
-    codes, positions = some_tokens().bits()
-    assert codes == pytest.approx(6 * np.log2(100))
-    # 8 blocks a side: the root, its two children with blocks, and their three
-    assert positions == 8 * (1 + 2 + 3)
-
-
 def test_hash_depends_on_every_part():
     base = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False])}
     hashes = {

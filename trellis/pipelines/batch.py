@@ -89,7 +89,7 @@ def encode_many(
                 tokens = tokenizer.encode(shape.load(), label=shape.label, sha256=shape.sha256)
                 save_tokens(path, tokens)
             except HANDLED as error:
-                outcome.failures.append(Failure(source.name, shape.sha256, "encode", _one_line(error)))
+                outcome.failures.append(Failure(source.name, shape.sha256, "encode", one_line(error)))
                 continue
             outcome.written.append(path)
             written(shape, path)
@@ -103,7 +103,7 @@ def _shapes_of(source: Source, outcome: Outcome) -> Iterator[ShapeInput]:
     try:
         yield from source.shapes()
     except HANDLED as error:
-        outcome.failures.append(Failure(source.name, _content_id(source.name), "read", _one_line(error)))
+        outcome.failures.append(Failure(source.name, _content_id(source.name), "read", one_line(error)))
 
 
 def _content_id(name: str) -> str:
@@ -212,7 +212,7 @@ def decode_many(
             _decode_one(tokenizer, path, target, mesh_space, grid)
             outcome.written.append(target)
         except HANDLED as error:
-            outcome.failures.append(Failure(str(path), path.stem, "decode", _one_line(error)))
+            outcome.failures.append(Failure(str(path), path.stem, "decode", one_line(error)))
         progress(done, len(paths))
     write_errors(out, outcome.failures)
     return outcome
@@ -265,6 +265,7 @@ def write_errors(out: Path, failures: Sequence[Failure]) -> None:
         stream.write(text.getvalue().encode())
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """First line of an error's message, or its type's name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -71,18 +71,18 @@ def _inline(value: Any) -> str:
 
 
 def _mesh(path: Path, mesh_space: str) -> Facts:
+    from trellis.geometry.metrics import mesh_volume_mm3
     from trellis.utils.mesh_repair import clean_mesh, inspect_mesh
     from trellis.utils.mesh_utils import read_mesh
 
     mesh = read_mesh(path, mesh_space=mesh_space)
-    facts: Facts = {"box_mm": _box(mesh.vertices), **plain(inspect_mesh(mesh.vertices, mesh.faces).as_dict())}
-    try:
-        vertices, faces, report = clean_mesh(mesh.vertices, mesh.faces)
-    except ValueError as error:
-        return {**facts, "refused": str(error)}
-    actions = [str(action) for action in report.actions]
-    after = {"vertices": len(vertices), "faces": len(faces), "volume_ml": volume_ml(vertices, faces)}
-    return {**facts, "would_be_done": actions or ["nothing"], "afterwards": after}
+    facts = {"box_ras_mm": _box(mesh.vertices), **plain(inspect_mesh(mesh.vertices, mesh.faces).as_dict())}
+    if facts.get("refused"):
+        return facts
+    facts.pop("refused", None)
+    vertices, faces, _ = clean_mesh(mesh.vertices, mesh.faces)
+    volume_ml = mesh_volume_mm3(vertices, faces) / 1000
+    return {**facts, "afterwards": {"vertices": len(vertices), "faces": len(faces), "volume_ml": volume_ml}}
 
 
 def _volume(path: Path) -> Facts:
@@ -134,10 +134,10 @@ def _is_token_file(path: Path) -> bool:
 
 
 def _tokens(path: Path) -> Facts:
+    from trellis.geometry.metrics_summary import bits_per_shape
     from trellis.pipelines.token_files import load_tokens
 
     tokens = load_tokens(path)
-    codes, positions = tokens.bits()
     return {
         "label": tokens.label,
         "sha256": tokens.sha256,
@@ -146,8 +146,7 @@ def _tokens(path: Path) -> Facts:
         "distinct_codes": int(len(np.unique(tokens.ids))),
         "quantizer": tokens.quantizer,
         "codebook_size": tokens.codebook_size,
-        "bits_of_codes": codes,
-        "bits_of_positions": positions,
+        **bits_per_shape(tokens.ids, tokens.codebook_size, tokens.block_index),
         "model_hash": tokens.model_hash,
         "to_world": plain(tokens.to_world),
     }
@@ -176,12 +175,6 @@ def _model(path: Path) -> Facts:
 def _box(vertices: np.ndarray) -> list[list[float]]:
     """Lowest and highest corner in RAS mm."""
     return [plain(vertices.min(axis=0)), plain(vertices.max(axis=0))] if len(vertices) else []
-
-
-def volume_ml(vertices: np.ndarray, faces: np.ndarray) -> float:
-    """Signed volume of a closed surface in ml: the sum of its tetrahedra to the centroid."""
-    corners = vertices[faces] - vertices.mean(axis=0)
-    return float(np.einsum("ij,ij->i", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])).sum() / 6000)
 
 
 def plain(value: Any) -> Any:

@@ -80,21 +80,6 @@ class Tokens:
         """Codes in the shape: M, or M * q."""
         return int(self.ids.size)
 
-    def bits(self) -> tuple[float, int]:
-        """Size of the shape in bits: (codes, positions).
-
-        Codes cost log2(codebook_size) bits each. Positions are counted as the octree of the blocks, 8 bits for each
-        inner node from the root to the blocks' parents, which is what a plain octree code needs.
-        """
-        codes = self.num_tokens * float(np.log2(max(self.codebook_size, 1)))
-        keys = morton_encode(self.block_index)
-        nodes, side = 0, 1
-        while side < self.resolution // LATENT_STRIDE:
-            keys = np.unique(keys >> 3)
-            nodes += len(keys)
-            side *= 2
-        return codes, 8 * nodes
-
 
 def save_tokens(path: str | Path, tokens: Tokens) -> None:
     """Write one token file atomically. `to_world` is left out when the shape has none."""

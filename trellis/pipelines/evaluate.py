@@ -1,0 +1,275 @@
+"""Scoring a tokenizer on a prepared dataset: decoded meshes against true surfaces, beside the TSDF's own ceiling."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trellis.geometry.metrics_summary import bits_per_shape, summarise, summarise_by
+from trellis.pipelines.batch import HANDLED, Failure, Progress, one_line, write_errors
+from trellis.pipelines.tokenizer import SparseSDFTokenizer
+from trellis.utils.blocks import SparseSDFBlocks
+from trellis.utils.io_utils import atomic_write, load_sparse_sdf, write_json
+
+logger = logging.getLogger(__name__)
+
+BASELINES = ("tsdf",)
+METRICS_NAME, SUMMARY_NAME, REPORT_NAME = "metrics.csv", "summary.json", "report.html"
+TSDF_SUFFIX = "_tsdf"
+"""Marks the columns of the TSDF itself, the ceiling of every model at its resolution."""
+IN_GROUPS = ("dice", "dice_blocks", "hd95_mm", "assd_mm", "nsd_1mm", "volume_error_fraction")
+"""Metrics that summary.json has for each label and patient."""
+CEILING = ("dice", "iou", "hd95_mm", "assd_mm", "chamfer_mm", "f_score_1voxel", "nsd_1mm", "nsd_2mm")
+
+Mesh = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One shape to score, small enough to hand to another process.
+
+    Attributes:
+        sha256, label, patient_id: which shape. blocks: the true TSDF. decoded: the reconstruction's, None to score the
+            TSDF alone. truth: the true surface's file; None: the TSDF's own surface is the truth.
+        bits: size of the tokens, see `bits_per_shape`; empty without a model.
+    """
+
+    sha256: str
+    label: str
+    patient_id: str
+    blocks: SparseSDFBlocks
+    decoded: SparseSDFBlocks | None
+    truth: Path | None
+    bits: dict[str, float]
+
+
+def evaluate_dataset(
+    tokenizer: SparseSDFTokenizer | None,
+    data: str | Path,
+    out: str | Path,
+    *,
+    split: str = "test",
+    resolution: int | None = None,
+    workers: int = 1,
+    num_samples: int = 100_000,
+    report: bool = True,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Encode, decode and score every shape of a split; write metrics.csv, summary.json and report.html.
+
+    Truth is `meshes/{sha256}.ply`, the surface that the TSDF was made from. Where a dataset has none, the TSDF's own
+    surface takes its place (`truth` is "tsdf" in metrics.csv). Shapes without `to_world` get no figures in mm. A shape
+    whose field has no surface counts as the worst value (see `trellis.geometry.metrics`); one that cannot be read,
+    encoded or scored is in errors.csv and in `n_failed`, and counts with Dice 0.
+
+    Args:
+        tokenizer: the model; None scores the TSDF itself.
+        data: a prepared folder. split: "train", "val", "test" or "all".
+        resolution: of the prepared files; default: what the model was trained at, else the only one there.
+        workers: processes that compute metrics.
+        num_samples: points on each surface, see `evaluate_pair`.
+
+    Returns:
+        What stands in summary.json: n, n_failed, dice {mean, median, p05, p95}, dice_blocks, hd95_mm, assd_mm and more,
+        codes_used, perplexity, `ceiling` (the TSDF's dice, ...), `labels` and `patients` (the same for each).
+
+    Raises:
+        ValueError: no such data, split or resolution.
+    """
+    from trellis.datasets.sparse_sdf import SparseSDF
+
+    data, out = Path(data), Path(out)
+    resolution = resolution or (tokenizer.resolution if tokenizer else None) or _only_resolution(data)
+    dataset = SparseSDF(data, resolution=resolution, split=split)
+    failures: list[Failure] = []
+    codes = CodeCounts(tokenizer.codebook_size if tokenizer else 0)
+    rows: list[dict[str, Any]] = []
+
+    def pairs() -> Iterator[Pair]:
+        for item in dataset.items:
+            try:
+                yield _reconstruct(tokenizer, item, data, codes)
+            except HANDLED as error:
+                failures.append(Failure(item.sha256, item.sha256, "encode", one_line(error)))
+                rows.append(_failed_row(item.sha256, item.label, item.patient_id))
+
+    for pair, score in _scores(pairs(), workers, num_samples):
+        identity = {"sha256": pair.sha256, "label": pair.label, "patient_id": pair.patient_id}
+        try:
+            rows.append({**identity, **score()})
+        except HANDLED as error:
+            failures.append(Failure(pair.sha256, pair.sha256, "score", one_line(error)))
+            rows.append(_failed_row(**identity))
+        progress(len(rows), len(dataset.items))
+    progress(len(dataset.items), len(dataset.items))
+    rows.sort(key=lambda row: row["sha256"])
+    summary = {
+        "n": len(rows),
+        "n_failed": len(failures),
+        "n_not_prepared": len(dataset.refused),
+        "split": split,
+        "resolution": resolution,
+        "baseline": None if tokenizer else "tsdf",
+        **figures_of(summarise(rows)),
+        **codes.figures(),
+        "codebook_size": tokenizer.codebook_size if tokenizer else None,
+        "model_hash": tokenizer.model_hash if tokenizer else None,
+        "labels": {name: figures_of(found, IN_GROUPS) for name, found in summarise_by(rows, "label").items()},
+        "patients": {name: figures_of(found, IN_GROUPS) for name, found in summarise_by(rows, "patient_id").items()},
+    }
+    write_rows(out / METRICS_NAME, rows)
+    write_errors(out, failures)
+    write_json(out / SUMMARY_NAME, summary)
+    return summary
+
+
+def _reconstruct(tokenizer: SparseSDFTokenizer | None, item: Any, data: Path, codes: CodeCounts) -> Pair:
+    blocks = load_sparse_sdf(item.path)
+    truth = data / "meshes" / f"{item.sha256}.ply"
+    decoded, bits = None, {}
+    if tokenizer is not None:
+        tokens = tokenizer.encode(blocks, sha256=item.sha256)
+        decoded = tokenizer.decode(tokens)
+        codes.add(tokens.ids)
+        bits = bits_per_shape(tokens.ids, tokens.codebook_size, tokens.block_index)
+    truth_file = truth if truth.is_file() and blocks.to_world is not None else None
+    return Pair(item.sha256, item.label, item.patient_id, blocks, decoded, truth_file, bits)
+
+
+def _scores(
+    pairs: Iterator[Pair], workers: int, num_samples: int
+) -> Iterator[tuple[Pair, Callable[[], dict[str, Any]]]]:
+    """Each pair with a function that gives its row or raises; in processes of their own when there are several."""
+    if workers <= 1:
+        for pair in pairs:
+            yield pair, lambda pair=pair: score_pair(pair, num_samples)
+        return
+    # spawn: a forked child would share the parent's CUDA context and thread pools
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting: list[tuple[Pair, Future]] = []
+        for pair in pairs:
+            waiting.append((pair, pool.submit(score_pair, pair, num_samples)))
+            if len(waiting) > 2 * workers:  # bounds the shapes that are in memory at once
+                first, future = waiting.pop(0)
+                yield first, future.result
+        for pair, future in waiting:
+            yield pair, future.result
+
+
+def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
+    """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name."""
+    from trellis.geometry.isosurface import extract_mesh
+    from trellis.geometry.metrics import dice_blocks, evaluate_pair
+    from trellis.utils.mesh_utils import read_mesh
+
+    blocks = pair.blocks
+    tsdf = extract_mesh(blocks)
+    truth = tsdf
+    if pair.truth is not None:
+        mesh = read_mesh(pair.truth, mesh_space="RAS")
+        truth = (mesh.vertices, mesh.faces)
+    frame = np.eye(4) if blocks.to_world is None else blocks.to_world
+    options = {"to_world": frame, "num_samples": num_samples}
+    ceiling = evaluate_pair(tsdf, truth, blocks.resolution, **options)
+    row: dict[str, Any] = {"truth": "tsdf" if pair.truth is None else "mesh", "num_blocks": blocks.num_blocks}
+    row |= pair.bits
+    if pair.decoded is None:
+        row |= {**ceiling, "dice_blocks": 1.0}
+    else:
+        row |= evaluate_pair(extract_mesh(pair.decoded), truth, blocks.resolution, **options)
+        row["dice_blocks"] = dice_blocks(pair.decoded, blocks)
+    row |= {f"{name}{TSDF_SUFFIX}": ceiling[name] for name in CEILING if name in ceiling}
+    if blocks.to_world is None:  # grid units are no millimetres
+        row = {name: None if "_mm" in name or "_ml" in name or "nsd_" in name else v for name, v in row.items()}
+    return row
+
+
+def _failed_row(sha256: str, label: str, patient_id: str) -> dict[str, Any]:
+    """A shape that could not be scored: no overlap; distances are unknown."""
+    row = {"sha256": sha256, "label": label, "patient_id": patient_id, "dice": 0.0, "iou": 0.0, "dice_blocks": 0.0}
+    return {**row, "error": "see errors.csv"}
+
+
+class CodeCounts:
+    """How often each code was used over a set of shapes."""
+
+    def __init__(self, size: int) -> None:
+        self.counts = np.zeros(size, dtype=np.int64)
+
+    def add(self, ids: np.ndarray) -> None:
+        """Count the ids of one shape."""
+        self.counts += np.bincount(ids.reshape(-1), minlength=len(self.counts))
+
+    def figures(self) -> dict[str, Any]:
+        """`codes_used` and `perplexity` (exp of the entropy of the use of codes); null without a model."""
+        total = int(self.counts.sum())
+        if not len(self.counts):
+            return {"codes_used": None, "perplexity": None}
+        share = self.counts[self.counts > 0] / max(total, 1)
+        entropy = float(-(share * np.log(share)).sum())
+        return {"codes_used": int((self.counts > 0).sum()), "perplexity": math.exp(entropy) if total else 0.0}
+
+
+def figures_of(found: dict[str, Any], only: Sequence[str] | None = None) -> dict[str, Any]:
+    """A summary with the TSDF's columns under `ceiling`; `only` names the metrics that are kept."""
+    figures: dict[str, Any] = {"n": found["n"], "n_patients": found["n_patients"], "ceiling": {}}
+    for name, value in found.items():
+        metric = name.removesuffix(TSDF_SUFFIX)
+        if isinstance(value, dict) and (only is None or metric in only):
+            (figures if metric == name else figures["ceiling"])[metric] = value
+    return figures
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as text: a line a label, and one for all, each with the TSDF's figure in brackets."""
+    metrics = [("dice", "Dice"), ("hd95_mm", "HD95 mm"), ("assd_mm", "ASSD mm")]
+    lines = [["", "n", *(f"{title} (TSDF)" for _, title in metrics)]]
+    for name, group in [*summary["labels"].items(), ("all", summary)]:
+        cells = [name or "-", str(group["n"])]
+        for metric, _ in metrics:
+            own, ceiling = group.get(metric), group["ceiling"].get(metric)
+            shown = [f"{value['mean']:.4g}" if value else "-" for value in (own, ceiling)]
+            cells.append(f"{shown[0]} ({shown[1]})")
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines]  # fmt: skip
+    if summary["codes_used"] is not None:
+        rows.append(
+            f"codes used {summary['codes_used']} of {summary['codebook_size']}, perplexity {summary['perplexity']:.1f}"
+        )
+    if summary["n_failed"]:
+        rows.append(f"{summary['n_failed']} of {summary['n']} shapes failed, see errors.csv; they count with Dice 0")
+    return "\n".join(rows)
+
+
+def _only_resolution(data: Path) -> int:
+    found = sorted({int(p.stem.rsplit("_r", 1)[1]) for p in (data / "sparse_sdf").glob("*_r[0-9]*.npz")})
+    if len(found) != 1:
+        raise ValueError(f"{data}: resolution must be given, files of {found or 'none'} are there")
+    return found[0]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """metrics.csv: a line a shape; empty where a figure does not exist."""
+    first = ("sha256", "label", "patient_id", "dice", "dice_blocks", "hd95_mm", "assd_mm")
+    columns: dict[str, None] = dict.fromkeys(first)
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    columns.pop("error", None)
+    text = io.StringIO()
+    table = csv.DictWriter(text, [*columns, "error"], restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    with atomic_write(path) as stream:
+        stream.write(text.getvalue().encode())
