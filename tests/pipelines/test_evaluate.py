@@ -1,0 +1,164 @@
+"""Evaluation of a small dataset: known scores, the ceiling, failures that count, and tables that agree."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pipeline_shapes import ellipsoid_blocks
+
+from trellis.geometry.isosurface import extract_mesh
+from trellis.pipelines import evaluate
+from trellis.pipelines.evaluate import CodeCounts, evaluate_dataset, figures_of, table
+from trellis.pipelines.scoring import Pair, score_pair
+from trellis.utils.io_utils import save_sparse_sdf
+from trellis.utils.mesh_utils import write_mesh
+
+AXES = {"a": (0.475, 0.3, 0.22), "b": (0.25, 0.475, 0.35), "c": (0.4, 0.4, 0.475), "d": (0.475, 0.2, 0.4)}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Four ellipsoids of two labels and two patients in the test split, one more in train, with truth meshes."""
+    folder = tmp_path / "data"
+    (folder / "meshes").mkdir(parents=True)
+    rows = [["sha256", "label", "patient_id", "split", "error", "r32_num_voxels"]]
+    for name, axes in [*AXES.items(), ("e", (0.3, 0.3, 0.475))]:
+        blocks = ellipsoid_blocks(axes=axes, label="liver" if name in "ab" else "spleen")
+        sha = name * 64
+        save_sparse_sdf(folder / "sparse_sdf" / f"{sha}_r32.npz", blocks)
+        write_mesh(folder / "meshes" / f"{sha}.ply", *extract_mesh(ellipsoid_blocks(64, axes=axes)), mesh_space="RAS")
+        count = int(np.count_nonzero(blocks.active))
+        split = "train" if name == "e" else "test"
+        rows.append([sha, blocks.label, "p1" if name in "ac" else "p2", split, "", count])
+    with open(folder / "metadata.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return folder
+
+
+def read_csv(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_scores_files_and_table(tokenizer, dataset, tmp_path):
+    steps = []
+    summary = evaluate_dataset(
+        tokenizer, dataset, tmp_path / "eval", num_samples=2000, progress=lambda *step: steps.append(step)
+    )
+    rows = read_csv(tmp_path / "eval" / "metrics.csv")
+    assert [row["sha256"][0] for row in rows] == ["a", "b", "c", "d"]
+    assert {row["label"] for row in rows} == {"liver", "spleen"} and {row["patient_id"] for row in rows} == {"p1", "p2"}
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text()) == summary
+    assert (summary["n"], summary["n_failed"], summary["resolution"]) == (4, 0, 32)
+    for name in ("dice", "dice_blocks", "hd95_mm", "assd_mm"):
+        values = [float(row[name]) for row in rows]
+        assert summary[name]["mean"] == pytest.approx(np.mean(values))
+        assert summary[name]["median"] == pytest.approx(np.median(values))
+        assert {"p05", "p95", "ci_low", "ci_high"} <= summary[name].keys()
+    liver = [float(row["dice"]) for row in rows if row["label"] == "liver"]
+    assert summary["labels"]["liver"]["dice"]["mean"] == pytest.approx(np.mean(liver))
+    assert summary["patients"]["p1"]["n"] == 2
+    # 32 voxels a side: the TSDF is nearly the truth, an untrained network is not
+    assert summary["ceiling"]["dice"]["mean"] > 0.98
+    assert all(float(row["dice"]) < float(row["dice_tsdf"]) for row in rows)
+    assert 1 < summary["codes_used"] <= 32 and 1 < summary["perplexity"] <= summary["codes_used"]
+    assert float(rows[0]["bits_ids"]) == 5 * int(rows[0]["num_blocks"])
+    assert steps[-1] == (4, 4)
+    text = table(summary)
+    assert "liver" in text and "codes used" in text and f"{summary['ceiling']['dice']['mean']:.4g}" in text
+
+
+def test_baseline_scores_the_tsdf_itself(dataset, tmp_path):
+    summary = evaluate_dataset(None, dataset, tmp_path / "eval", num_samples=2000)
+    assert summary["dice"]["mean"] == summary["ceiling"]["dice"]["mean"] > 0.98
+    assert summary["codes_used"] is None and summary["baseline"] == "tsdf" and summary["model_hash"] is None
+    assert "codes" not in table(summary)
+
+
+def test_several_processes_give_the_same_rows(tokenizer, dataset, tmp_path):
+    one = evaluate_dataset(tokenizer, dataset, tmp_path / "one", num_samples=500)
+    two = evaluate_dataset(tokenizer, dataset, tmp_path / "two", num_samples=500, workers=2)
+    assert one == two
+    assert (tmp_path / "one" / "metrics.csv").read_bytes() == (tmp_path / "two" / "metrics.csv").read_bytes()
+
+
+def test_perfect_reconstruction_reaches_the_ceiling():
+    blocks = ellipsoid_blocks()
+    row = score_pair(Pair("s", "l", "p", blocks, blocks, None, {}), 2000)
+    assert row["dice"] == row["dice_blocks"] == row["dice_tsdf"] == 1.0
+    assert row["hd95_mm"] < 1e-4 and row["truth"] == "tsdf"
+    moved = replace(blocks, block_sdf=np.clip(blocks.block_sdf + np.float16(0.25), -1, 1))
+    row = score_pair(Pair("s", "l", "p", blocks, moved, None, {}), 2000)
+    # a quarter of the band of 4 voxels of 100/32 mm inward
+    assert row["assd_mm"] == pytest.approx(3.125, rel=0.1)
+    assert 0.6 < row["dice"] < 0.95 and row["volume_error_ml"] < 0
+
+
+def test_field_without_a_surface_counts_as_the_worst():
+    blocks = ellipsoid_blocks()
+    nothing = replace(blocks, block_sdf=np.ones_like(blocks.block_sdf))
+    row = score_pair(Pair("s", "l", "p", blocks, nothing, None, {}), 500)
+    assert row["dice"] == row["dice_blocks"] == 0 and row["pred_is_empty"]
+    assert row["hd95_mm"] == pytest.approx(100 * np.sqrt(3))
+
+
+def test_shape_without_a_place_has_no_millimetres():
+    blocks = replace(ellipsoid_blocks(), to_world=None)
+    row = score_pair(Pair("s", "l", "p", blocks, blocks, None, {}), 500)
+    assert row["dice"] == 1.0 and row["hd95_mm"] is None and row["assd_mm_tsdf"] is None
+    assert row["volume_pred_ml"] is None and row["hd95_voxels"] < 1e-3
+
+
+def test_broken_shape_is_counted_and_named(tokenizer, dataset, tmp_path):
+    broken = dataset / "sparse_sdf" / f"{'b' * 64}_r32.npz"
+    broken.write_bytes(broken.read_bytes()[:500])
+    truth = dataset / "meshes" / f"{'c' * 64}.ply"
+    truth.write_bytes(b"ply nonsense")
+    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500)
+    assert summary["n"] == 4 and summary["n_failed"] == 2 and summary["dice"]["n"] == 4
+    assert summary["dice"]["p05"] == 0 and summary["hd95_mm"]["n"] == 2
+    rows = {row["sha256"][0]: row for row in read_csv(tmp_path / "eval" / "metrics.csv")}
+    assert rows["b"]["error"] and rows["c"]["error"] and rows["b"]["dice"] == "0.0" and not rows["a"]["error"]
+    errors = read_csv(tmp_path / "eval" / "errors.csv")
+    assert sorted((row["id"][0], row["stage"]) for row in errors) == [("b", "encode"), ("c", "score")]
+    assert "2 of 4 shapes failed" in table(summary)
+
+
+def test_all_broken_gives_tables_without_nan(tokenizer, dataset, tmp_path):
+    for path in (dataset / "sparse_sdf").glob("*.npz"):
+        path.write_bytes(b"PK")
+    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500)
+    assert summary["n_failed"] == 4 and summary["dice"]["mean"] == 0 and "hd95_mm" not in summary
+    assert "NaN" not in (tmp_path / "eval" / "summary.json").read_text()
+    table(summary)
+
+
+def test_missing_data_is_refused(tokenizer, dataset, tmp_path):
+    with pytest.raises(ValueError, match="'val'"):
+        evaluate_dataset(tokenizer, dataset, tmp_path / "eval", split="val")
+    with pytest.raises(ValueError, match="not there"):
+        evaluate_dataset(tokenizer, dataset, tmp_path / "eval", resolution=64)
+    with pytest.raises(ValueError, match="resolution must be given"):
+        (tmp_path / "nothing").mkdir()
+        evaluate_dataset(None, tmp_path / "nothing", tmp_path / "eval")
+    assert not (tmp_path / "eval").exists()
+
+
+def test_perplexity_of_known_use():
+    counts = CodeCounts(8)
+    counts.add(np.array([1, 1, 5, 5]))
+    counts.add(np.array([[7, 7], [6, 6]]))
+    assert counts.figures() == {"codes_used": 4, "perplexity": pytest.approx(4.0)}
+    assert CodeCounts(8).figures() == {"codes_used": 0, "perplexity": 0.0}
+    assert evaluate.BASELINES == ("tsdf",)
+
+
+def test_ceiling_stands_apart():
+    found = {"n": 1, "n_patients": 1, "dice": {"mean": 0.5}, "dice_tsdf": {"mean": 0.9}, "iou": {"mean": 0.3}}
+    assert figures_of(found, ["dice"]) == {
+        "n": 1, "n_patients": 1, "dice": {"mean": 0.5}, "ceiling": {"dice": {"mean": 0.9}},
+    }  # fmt: skip

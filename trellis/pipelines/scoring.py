@@ -1,0 +1,85 @@
+"""Scores of one shape, in this process or in several; imports no torch, so that a process for it starts quickly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trellis.utils.blocks import SparseSDFBlocks
+
+TSDF_SUFFIX = "_tsdf"
+"""Marks the columns of the TSDF itself, the ceiling of every model at its resolution."""
+CEILING = ("dice", "iou", "hd95_mm", "assd_mm", "chamfer_mm", "f_score_1voxel", "nsd_1mm", "nsd_2mm")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One shape to score, small enough to hand to another process.
+
+    Attributes:
+        sha256, label, patient_id: which shape. blocks: the true TSDF. decoded: the reconstruction's, None to score the
+            TSDF alone. truth: the true surface's file; None: the TSDF's own surface is the truth.
+        bits: size of the tokens, see `bits_per_shape`; empty without a model.
+    """
+
+    sha256: str
+    label: str
+    patient_id: str
+    blocks: SparseSDFBlocks
+    decoded: SparseSDFBlocks | None
+    truth: Path | None
+    bits: dict[str, float]
+
+
+def score_pairs(
+    pairs: Iterator[Pair], workers: int, num_samples: int
+) -> Iterator[tuple[Pair, Callable[[], dict[str, Any]]]]:
+    """Each pair with a function that gives its row or raises; in processes of their own when there are several."""
+    if workers <= 1:
+        for pair in pairs:
+            yield pair, lambda pair=pair: score_pair(pair, num_samples)
+        return
+    # spawn: a forked child would share the parent's CUDA context and thread pools
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting: list[tuple[Pair, Future]] = []
+        for pair in pairs:
+            waiting.append((pair, pool.submit(score_pair, pair, num_samples)))
+            if len(waiting) > 2 * workers:  # bounds the shapes that are in memory at once
+                first, future = waiting.pop(0)
+                yield first, future.result
+        for pair, future in waiting:
+            yield pair, future.result
+
+
+def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
+    """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name."""
+    from trellis.geometry.isosurface import extract_mesh
+    from trellis.geometry.metrics import dice_blocks, evaluate_pair
+    from trellis.utils.mesh_utils import read_mesh
+
+    blocks = pair.blocks
+    tsdf = extract_mesh(blocks)
+    truth = tsdf
+    if pair.truth is not None:
+        mesh = read_mesh(pair.truth, mesh_space="RAS")
+        truth = (mesh.vertices, mesh.faces)
+    frame = np.eye(4) if blocks.to_world is None else blocks.to_world
+    options = {"to_world": frame, "num_samples": num_samples}
+    ceiling = evaluate_pair(tsdf, truth, blocks.resolution, **options)
+    row: dict[str, Any] = {"truth": "tsdf" if pair.truth is None else "mesh", "num_blocks": blocks.num_blocks}
+    row |= pair.bits
+    if pair.decoded is None:
+        row |= {**ceiling, "dice_blocks": 1.0}
+    else:
+        row |= evaluate_pair(extract_mesh(pair.decoded), truth, blocks.resolution, **options)
+        row["dice_blocks"] = dice_blocks(pair.decoded, blocks)
+    row |= {f"{name}{TSDF_SUFFIX}": ceiling[name] for name in CEILING if name in ceiling}
+    if blocks.to_world is None:  # grid units are no millimetres
+        row = {name: None if "_mm" in name or "_ml" in name or "nsd_" in name else v for name, v in row.items()}
+    return row
