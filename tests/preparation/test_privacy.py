@@ -7,6 +7,7 @@ import re
 import stat
 
 import nibabel
+import numpy as np
 import pytest
 from preparation_shapes import ellipsoid, write_labels, write_stl
 
@@ -26,6 +27,7 @@ def hospital(tmp_path):
     image = nibabel.load(path)
     image.header["descrip"] = b"Ostropoler 19570413"
     image.header["db_name"] = b"Wigglesworth"
+    image.set_qform(image.affine @ np.diag([1, 1, 3, 1]), code=1)  # a conflict, which the reader logs
     nibabel.save(image, path)
     (root / "Ostropoler" / "Quillfeather.stl").write_bytes(b"solid Zebedee 19570413")
     (root / "Ostropoler" / "Zebedee.nii.gz").write_bytes(b"not gzip")
@@ -50,6 +52,7 @@ def test_no_name_in_any_output(hospital, tmp_path, caplog):
             assert name.lower().encode() not in content.lower(), name
         assert name not in caplog.text
         assert name not in repr(summary.failures)
+    assert "sform" in caplog.text and any("sform" in warning for warning in summary.warnings)
     assert "spleen" in (out / "metadata.csv").read_text()
 
 

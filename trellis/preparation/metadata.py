@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,12 +69,12 @@ def build_metadata(
         failures.extend(record["failures"])
         if record["shapes"]:
             contents.setdefault(record["patient_id"], []).append(record["content"])
-    rows, warnings = [], []
+    rows, warnings = [], _notes(sources)
     for shape in shapes:
         row, of_shape = _row(out, shape, run)
         failures.extend(of_shape)
         rows.append(row)
-        warnings.extend(_thin_warnings(row, run["resolutions"]))
+    warnings += _thin_warnings(rows, run["resolutions"])
     done = {row["patient_id"] for row in rows if not row["error"]}
     keys = {patient: patient_order_key(seed, contents[patient]) for patient in done}
     splits = assign_splits(keys, fractions=fractions, previous=_previous_splits(out, seed, fractions))
@@ -172,13 +173,25 @@ def _row(out: Path, shape: dict[str, Any], run: dict[str, Any]) -> tuple[dict[st
     return row, [{**failure, "source": row["source"]} for failure in failures]
 
 
-def _thin_warnings(row: dict[str, Any], resolutions: Sequence[int]) -> list[str]:
-    thin = {r: row.pop(f"r{r}_thickness", math.inf) for r in resolutions}
-    return [
-        f"shape {row['sha256']} ({row['label']}) is {value:.2f} voxels thin at {r}: parts of it may be lost there"
-        for r, value in thin.items()
-        if value < THIN_VOXELS
-    ]
+def _thin_warnings(rows: Sequence[dict[str, Any]], resolutions: Sequence[int]) -> list[str]:
+    """One line a resolution at which shapes are thinner than 1.5 voxels, with the thinnest of them."""
+    warnings = []
+    for resolution in resolutions:
+        thin = sorted((row.pop(f"r{resolution}_thickness", math.inf), row["sha256"], row["label"]) for row in rows)
+        count = sum(value < THIN_VOXELS for value, _, _ in thin)
+        if count:
+            value, sha256, label = thin[0]
+            warnings.append(
+                f"{count} shapes are thinner than {THIN_VOXELS} voxels at {resolution}, parts of them may be lost; "
+                f"the thinnest, {value:.2f}, is label {label}, {sha256}"
+            )
+    return warnings
+
+
+def _notes(sources: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What the readers have to say about headers, one line a kind with the number of sources."""
+    counts = Counter(note for _, record in sources for note in record.get("notes", []))
+    return [f"{count} source(s): {note}" for note, count in sorted(counts.items())]
 
 
 def _failed_row(failure: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

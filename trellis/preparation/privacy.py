@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 KEY_NAME = ".patient_key"
 _KEY_BYTES = 32
@@ -68,6 +71,26 @@ def scrub(text: str, names: Iterable[str]) -> str:
     for name in sorted({name for name in names if len(name) > 2}, key=len, reverse=True):
         text = text.replace(name, _HIDDEN)
     return text
+
+
+@contextmanager
+def scrubbed_logs(names: Sequence[str]) -> Iterator[None]:
+    """While this is open, log messages of every library in this process lose the given names."""
+    if not names:
+        yield
+        return
+    original = logging.getLogRecordFactory()
+
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = original(*args, **kwargs)
+        record.msg, record.args = scrub(record.getMessage(), names), ()
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(original)
 
 
 def names_of(path: Path, data_root: Path) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from trellis.preparation import records
 from trellis.preparation.discover import MESH
-from trellis.preparation.privacy import label_without_patient, names_of, scrub
+from trellis.preparation.privacy import label_without_patient, names_of, scrub, scrubbed_logs
 from trellis.preparation.settings import PrepareSettings
 from trellis.utils.io_utils import save_sparse_sdf, sha256_of_file
 
@@ -77,7 +77,8 @@ def read_source(task: SourceTask) -> dict[str, Any]:
     stage = "read"
     try:
         record["content"] = sha256_of_file(task.path)
-        surfaces = _surfaces(task, record)
+        with scrubbed_logs(names):
+            surfaces = _surfaces(task, record)
         stage = "clean"
         for label, (vertices, faces) in surfaces.items():
             identity = shape_id(record["content"], label)
@@ -114,7 +115,8 @@ def _surfaces(task: SourceTask, record: dict[str, Any]) -> dict[str, tuple[np.nd
     from trellis.geometry.volume import label_surfaces, labels_of, read_volume
 
     volume = read_volume(task.path)
-    record["notes"] = list(volume.notes)
+    hidden = [] if task.keep_source_paths else names_of(task.path, task.data_root)
+    record["notes"] = [scrub(note, hidden) for note in volume.notes]
     labels = {number: volume.names.get(number) or str(number) for number in labels_of(volume)}
     if wanted is not None:
         labels = {number: name for number, name in labels.items() if name in wanted or str(number) in wanted}
@@ -131,10 +133,19 @@ def _write_truth(
     """Clean a surface, write it, and return the facts of the shape."""
     from trellis.geometry.thickness import thin_thickness_mm
     from trellis.utils.mesh_repair import clean_mesh
+    from trellis.utils.mesh_topology import closed_chain_problem
     from trellis.utils.mesh_utils import write_mesh
 
-    options = {"nested": task.settings.nested, "max_hole_mm": task.settings.max_hole_mm}
-    vertices, faces, report = clean_mesh(vertices, faces, **options)
+    if task.kind == MESH:
+        options = {"nested": task.settings.nested, "max_hole_mm": task.settings.max_hole_mm}
+        vertices, faces, report = clean_mesh(vertices, faces, **options)
+        is_watertight, repairs = bool(report.is_watertight), [str(action) for action in report.actions]
+    else:
+        # A label's surface knows its inside. It may touch itself along an edge, which a repair would take for a fault.
+        is_watertight, repairs = True, []
+        problem = closed_chain_problem(faces)
+        if problem:
+            raise ValueError(f"the label's surface must be closed: {problem}")
     path = records.truth_path(task.out, identity)
     write_mesh(path, vertices, faces, mesh_space="RAS")
     thickness = thin_thickness_mm(vertices, faces)
@@ -144,8 +155,8 @@ def _write_truth(
         "sha256": identity,
         "label": label,
         "num_faces": int(len(faces)),
-        "is_watertight": bool(report.is_watertight),
-        "repairs": [str(action) for action in report.actions],
+        "is_watertight": is_watertight,
+        "repairs": repairs,
         "volume_ml": volume_mm3 / 1000,
         "min_thickness_mm": thickness if np.isfinite(thickness) else None,
         "truth_bytes": path.stat().st_size,
