@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trellis.modules.sparse.kernels.support import has_kernels
 from trellis.modules.sparse.morton import (
     TAPS,
     neighbour_rule,
@@ -20,25 +21,11 @@ from trellis.modules.sparse.morton import (
     slot_positions,
     tap_offsets,
 )
+from trellis.modules.sparse.plans import RowTiles, WindowPlan, bounded_windows, counted_windows, plan_tiles
 from trellis.utils.blocks import LATENT_STRIDE
 
 TABLE_ROWS = 1 << 21
 """Levels up to this many rows keep their neighbour table (226 MB); larger ones compute the rows that are asked for."""
-
-
-@dataclass(frozen=True)
-class WindowPlan:
-    """Rows of the latent grid grouped by attention window.
-
-    Attributes:
-        order: [M] int64 rows sorted by window. inverse: [M] int64, its inverse permutation.
-        cu_seqlens: [W + 1] int32, where each window starts in `order`. max_length: rows of the largest window.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    cu_seqlens: Tensor
-    max_length: int
 
 
 class Topology:
@@ -47,10 +34,12 @@ class Topology:
     Args:
         coords: [M, 4] integers (batch, x, y, z) of the latent grid; no row twice. Order is free, but norms need the
             rows of a sample to be contiguous and samples in ascending order.
-        num_samples: batch size; read off the coordinates when None.
+        num_samples: batch size; read off the coordinates when None (a stall on a GPU).
+        extent: a bound of the spatial coordinates (resolution / 8), which bounds the number of attention windows
+            without asking the GPU; counted (a stall on a GPU) when None.
     """
 
-    def __init__(self, coords: Tensor, num_samples: int | None = None) -> None:
+    def __init__(self, coords: Tensor, num_samples: int | None = None, extent: int | None = None) -> None:
         if coords.ndim != 2 or coords.shape[1] != 4:
             raise ValueError(f"coords must be [M, 4] (batch, x, y, z), got {list(coords.shape)}")
         self.coords = coords.int()
@@ -58,7 +47,9 @@ class Topology:
         if num_samples is None:
             num_samples = int(coords[:, 0].max()) + 1 if self.num_blocks else 0
         self.num_samples = num_samples
+        self.extent = extent
         self._neighbours: Tensor | None = None
+        self._starts: Tensor | None = None
         self._windows: dict[tuple[int, int], WindowPlan] = {}
         self._grids: dict[int, Grid] = {}
 
@@ -70,8 +61,21 @@ class Topology:
     def block_neighbours(self) -> Tensor:
         """[M, 27] int32 row of the neighbouring block at each tap, -1 where there is none."""
         if self._neighbours is None:
-            self._neighbours = _find_block_neighbours(self.coords)
+            if has_kernels(self.device):
+                from trellis.modules.sparse.kernels import tables
+
+                self._neighbours = tables.block_neighbours(self.coords)
+            else:
+                self._neighbours = _find_block_neighbours(self.coords)
         return self._neighbours
+
+    @property
+    def sample_starts(self) -> Tensor:
+        """[B + 1] int64 on the device: first block of each sample."""
+        if self._starts is None:
+            samples = torch.arange(self.num_samples + 1, dtype=torch.int32, device=self.device)
+            self._starts = torch.searchsorted(self.coords[:, 0].contiguous(), samples)
+        return self._starts
 
     def dense_grid(self, side: int) -> Grid:
         """The level on which all side^3 voxels below every block exist."""
@@ -82,16 +86,11 @@ class Topology:
     def windows(self, size: int, shift: int) -> WindowPlan:
         """Attention windows: floor((coord + shift) / size) per axis and sample."""
         if (size, shift) not in self._windows:
-            window = torch.div(self.coords[:, 1:] + shift, size, rounding_mode="floor")
-            keys = packed_keys(torch.cat([self.coords[:, :1], window], dim=1))
-            keys, order = torch.sort(keys, stable=True)
-            _, lengths = torch.unique_consecutive(keys, return_counts=True)
-            cu_seqlens = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=self.device)
-            cu_seqlens[1:] = lengths.cumsum(0)
-            inverse = torch.empty_like(order)
-            inverse[order] = torch.arange(order.numel(), device=self.device)
-            longest = int(lengths.max()) if lengths.numel() else 0
-            self._windows[size, shift] = WindowPlan(order, inverse, cu_seqlens, longest)
+            if has_kernels(self.device) and self.extent is not None and self.num_blocks:
+                plan = bounded_windows(self.coords, self.num_samples, size, shift, self.extent)
+            else:
+                plan = counted_windows(self.coords, size, shift)
+            self._windows[size, shift] = plan
         return self._windows[size, shift]
 
 
@@ -113,6 +112,10 @@ class Grid:
         self._row_of: Tensor | None = None
         self._slots: Tensor | None = None
         self._offsets: Tensor | None = None
+        self._starts: Tensor | None = None
+        self._tap_table: Tensor | None = None
+        self._child_starts: Tensor | None = None
+        self._tiles: dict[int, RowTiles] = {}
 
     @property
     def is_dense(self) -> bool:
@@ -184,6 +187,56 @@ class Grid:
         return self._offsets
 
     @property
+    def tap_table(self) -> Tensor:
+        """[27, num_rows] int32, `neighbours` with one contiguous column per tap, as the kernels read it."""
+        if self._tap_table is None:
+            from trellis.modules.sparse.kernels import tables
+
+            blocks = self.topology.block_neighbours
+            slots, row_of = (None, None) if self.is_dense else (self.slots, self.row_of)
+            self._tap_table = tables.tap_table(blocks, self.side, self.num_rows, slots, row_of)
+        return self._tap_table
+
+    @property
+    def sample_starts(self) -> Tensor:
+        """[B + 1] int64 on the device: `sample_offsets` without a stall."""
+        if self._starts is None:
+            blocks = self.topology.sample_starts
+            if self.occupancy is None:
+                self._starts = blocks * self.side**3
+            else:
+                rows = torch.nn.functional.pad(self.occupancy.sum(1).cumsum(0), (1, 0))
+                self._starts = rows[blocks]
+        return self._starts
+
+    @property
+    def child_starts(self) -> Tensor:
+        """[num_rows + 1] int32: first row, on the next finer grid of the same batch, of each row's children.
+
+        Set by `build_pyramid`; siblings are adjacent and in the order of their parents.
+        """
+        if self._child_starts is None:
+            raise ValueError("this grid has no finer grid below it")
+        return self._child_starts
+
+    def link_children(self, fine: Grid) -> None:
+        """Derive `child_starts` from the next finer grid."""
+        if fine.side != 2 * self.side:
+            raise ValueError(f"the finer grid must have side {2 * self.side}, got {fine.side}")
+        if fine.occupancy is None:
+            starts = torch.arange(self.num_rows + 1, dtype=torch.int32, device=self.topology.device) * 8
+        else:
+            counts = fine.occupancy.reshape(-1, 8).sum(1, dtype=torch.int32)[self.slots]
+            starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        self._child_starts = starts
+
+    def row_tiles(self, rows: int) -> RowTiles:
+        """Tiles of at most `rows` rows of one sample each."""
+        if rows not in self._tiles:
+            self._tiles[rows] = plan_tiles(self.sample_starts, self.num_rows, rows)
+        return self._tiles[rows]
+
+    @property
     def coords(self) -> Tensor:
         """[num_rows, 4] int32 (batch, x, y, z) of this level's voxels."""
         cells = self.side**3
@@ -214,6 +267,7 @@ def build_pyramid(
     active: Tensor,
     level_sizes: list[int] | None = None,
     num_samples: int | None = None,
+    extent: int | None = None,
 ) -> Pyramid:
     """Levels of a batch from its blocks.
 
@@ -222,6 +276,7 @@ def build_pyramid(
         values: [M, 512] TSDF values, slots in Morton order; active: [M, 512] bool, the voxels that the encoder reads.
         level_sizes: rows at strides 1, 2, 4, 8; counted (a stall on a GPU) when None.
         num_samples: batch size; read off the coordinates when None.
+        extent: see `Topology`.
 
     Raises:
         ValueError: shapes that do not fit, or a block without an active voxel.
@@ -231,7 +286,7 @@ def build_pyramid(
         raise ValueError(
             f"values and active must be [{m}, 512] for {m} blocks, got {list(values.shape)} and {list(active.shape)}"
         )
-    topology = Topology(coords, num_samples)
+    topology = Topology(coords, num_samples, extent)
     occupancy = [active, active.view(m, 64, 8).any(-1)]
     occupancy.append(occupancy[1].view(m, 8, 8).any(-1))
     if level_sizes is None:
@@ -239,7 +294,11 @@ def build_pyramid(
         if level_sizes[3] != m:
             raise ValueError(f"every block needs an active voxel; {m - level_sizes[3]} of {m} have none")
     grids = [Grid(topology, 8 >> i, occupancy[i], level_sizes[i]) for i in range(3)]
-    return Pyramid(topology, (*grids, topology.dense_grid(1)), values)  # type: ignore[arg-type]
+    grids.append(topology.dense_grid(1))
+    if has_kernels(coords.device):
+        for fine, coarse in zip(grids, grids[1:]):
+            coarse.link_children(fine)
+    return Pyramid(topology, tuple(grids), values)  # type: ignore[arg-type]
 
 
 def blocks_from_rows(sparse_index: Tensor, batch_idx: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
