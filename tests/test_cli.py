@@ -97,6 +97,7 @@ def test_help(command):
         (["evaluate", "one", "two", "-o", "z", "--baseline", "magic"], "tsdf"),
         (["inspect", "/no/such/file.stl"], "no such file"),
         (["prepare", "/no/such/folder", "-o", "/tmp/none"], "must be a folder"),
+        (["prepare", "/no/such/folder", "-o", "/tmp/none", "--resolutions", "64,big"], "whole numbers"),
         (["decode", "x", "y", "-o", "z", "--like", "a.nii", "--spacing-mm", "1"], "exclude each other"),
     ],
 )
@@ -149,7 +150,7 @@ def test_encode_of_a_label_volume_and_back_onto_its_grid(model_folder, volume_fi
     assert result.exit_code == 0, result.output
     labels = {load_tokens(path).label: path for path in tokens.iterdir()}
     assert sorted(labels) == ["2", "7"]
-    one = run("encode", model_folder, volume_file, "-o", tmp_path / "one", "--label", "7", "--device", "cpu")
+    one = run("encode", model_folder, volume_file, "-o", tmp_path / "one", "--labels", "7", "--device", "cpu")
     assert one.exit_code == 0 and [p.name for p in (tmp_path / "one").iterdir()] == [labels["7"].name]
     result = run("decode", model_folder, labels["2"], "-o", masks, "--format", "nii.gz", "--like", volume_file)
     assert result.exit_code == 0, result.output

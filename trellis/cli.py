@@ -65,6 +65,8 @@ Resolution = Annotated[int | None, typer.Option(help="voxels per side; default: 
 MaxHole = Annotated[float | None, typer.Option("--max-hole-mm", help="widest hole of a surface that is closed")]
 NestedOption = Annotated[Nested, typer.Option("--nested", help="what a closed surface inside another means")]
 
+Labels = Annotated[str | None, typer.Option(help="label numbers or names to take, with commas between")]
+
 Command = TypeVar("Command", bound=Callable[..., int])
 
 
@@ -116,6 +118,19 @@ def _on_sigterm(number: int, frame: object) -> None:
     raise Terminated
 
 
+def split_list(text: str | None) -> tuple[str, ...] | None:
+    """Parts of a comma-separated option; None stays None."""
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers of a comma-separated option."""
+    parts = split_list(text) or ()
+    if not parts or not all(part.isdigit() for part in parts):
+        raise ValueError(f"{option} must be whole numbers with commas between, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
 @contextmanager
 def progress_on_stderr(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as the callback(done, total) that the library's batches take."""
@@ -128,18 +143,19 @@ def progress_on_stderr(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-@app.command(epilog="Example: trellis-vqvae prepare patients/ -o data/ --resolution 64 --resolution 512")
+@app.command(epilog="Example: trellis-vqvae prepare patients/ -o data/ --resolutions 64,512 --labels liver,spleen")
 @edge
 def prepare(
     data_root: Annotated[Path, typer.Argument(metavar="DATA_ROOT", help="searched; its first folders are patients")],
     out: Out,
-    resolution: Annotated[list[int], typer.Option(help="voxels per side; repeatable")] = [64, 512, 1024],  # noqa: B006
-    workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, instead of processes")] = None,
+    resolutions: Annotated[str, typer.Option(help="voxels per side, with commas between")] = "64,512,1024",
+    workers: Annotated[int | None, typer.Option(help="processes; default: one a core; 0: in this process")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="tcp://HOST:PORT of a Dask scheduler instead")] = None,
     mesh_space: MeshSpace = Space.LPS,
-    label: Annotated[list[str] | None, typer.Option(help="take these labels only; repeatable")] = None,
+    labels: Labels = None,
     max_hole_mm: MaxHole = None,
     nested: NestedOption = Nested.cavity,
+    band_voxels: Annotated[int, typer.Option("--band-voxels", help="half-width of the stored band")] = 4,
     patient_regex: Annotated[str | None, typer.Option(help="finds the patient in a relative path")] = None,
     keep_patient_ids: Annotated[bool, typer.Option("--keep-patient-ids", help="no pseudonyms")] = False,
     keep_source_paths: Annotated[bool, typer.Option("--keep-source-paths", help="record relative paths")] = False,
@@ -147,29 +163,26 @@ def prepare(
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
     schema: Annotated[int, typer.Option(help="of the npz files, 2 or 1")] = 2,
     rank: Annotated[int, typer.Option(help="this job of a job array")] = 0,
-    world_size: Annotated[int, typer.Option(help="jobs of the job array")] = 1,
+    world_size: Annotated[int, typer.Option("--world-size", "--world_size", help="jobs of the job array")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try again what failed for good")] = False,
+    prune_stale: Annotated[bool, typer.Option("--prune-stale", help="remove files of what is gone")] = False,
     device: Annotated[str, typer.Option(help="where distances are computed: cpu or cuda")] = "cpu",
     debug: Debug = False,
 ) -> int:
     """Meshes and label volumes to a prepared dataset: truth meshes, sparse TSDFs, metadata.csv with a split."""
     from trellis.preparation.prepare import prepare_dataset
+    from trellis.preparation.report import describe_summary
 
     summary = prepare_dataset(
-        data_root, out, resolutions=resolution, workers=workers, scheduler=scheduler, mesh_space=mesh_space.value,
-        patient_regex=patient_regex, keep_patient_ids=keep_patient_ids, keep_source_paths=keep_source_paths,
-        key_file=key_file, seed=seed, labels=label, max_hole_mm=max_hole_mm, nested=nested.value, schema=schema,
-        device=device, rank=rank, world_size=world_size, retry_failed=retry_failed,
+        data_root, out, resolutions=whole_numbers("--resolutions", resolutions), workers=workers, scheduler=scheduler,
+        mesh_space=mesh_space.value, patient_regex=patient_regex, keep_patient_ids=keep_patient_ids,
+        keep_source_paths=keep_source_paths, key_file=key_file, seed=seed, labels=split_list(labels),
+        max_hole_mm=max_hole_mm, nested=nested.value, band_voxels=band_voxels, schema=schema, device=device, rank=rank,
+        world_size=world_size, retry_failed=retry_failed, prune_stale=prune_stale,
     )  # fmt: skip
-    for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    for entry in summary.failures:
-        print(f"failed: {entry['id']} ({entry['stage']}): {entry['reason']}", file=sys.stderr)
-    splits = ", ".join(f"{name} {count}" for name, count in summary.shapes.items())
-    print(
-        f"{out}: {summary.n_shapes} shapes from {summary.n_sources} files, {summary.n_failed} failures, "
-        f"{summary.n_computed} steps computed in {summary.seconds:.1f} s" + (f"; {splits}" if splits else "")
-    )
+    print(describe_summary(summary))
+    if world_size > 1:
+        print(f"after all {world_size} ranks: python -m dataset_toolkits.build_metadata {out}")
     return summary.exit_code
 
 
@@ -192,7 +205,7 @@ def encode(
     out: Out,
     resolution: Resolution = None,
     split: Annotated[Split, typer.Option(help="of prepared folders")] = Split.all,
-    label: Annotated[list[str] | None, typer.Option(help="take these labels of volumes only; repeatable")] = None,
+    labels: Labels = None,
     name: Annotated[str | None, typer.Option(help="label of the meshes given; default: their file's stem")] = None,
     mesh_space: MeshSpace = Space.LPS,
     max_hole_mm: MaxHole = None,
@@ -209,7 +222,7 @@ def encode(
     tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
     options = InputOptions(
         resolution=resolution or tokenizer.resolution, split=split.value, mesh_space=mesh_space.value,
-        labels=tuple(label) if label else None, label=name, max_hole_mm=max_hole_mm, nested=nested.value,
+        labels=split_list(labels), label=name, max_hole_mm=max_hole_mm, nested=nested.value,
         device=tokenizer.device.type,
     )  # fmt: skip
     with progress_on_stderr("encoding") as progress:

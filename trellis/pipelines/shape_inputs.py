@@ -112,8 +112,14 @@ def is_prepared_file(path: Path) -> bool:
     return bool(names & _PREPARED_FIELDS)
 
 
-def blocks_of_mesh(vertices: np.ndarray, faces: np.ndarray, options: InputOptions) -> SparseSDFBlocks:
-    """The sparse SDF of a surface in RAS mm, cleaned first as a preparation does.
+def blocks_of_mesh(
+    vertices: np.ndarray, faces: np.ndarray, options: InputOptions, *, clean: bool = True
+) -> SparseSDFBlocks:
+    """The sparse SDF of a surface in RAS mm.
+
+    Args:
+        clean: repair the surface first. A label's surface needs none: it knows its inside, and may touch itself along
+            an edge, which a repair would take for a fault.
 
     Raises:
         ValueError: a surface that cannot be repaired, or no resolution.
@@ -122,7 +128,8 @@ def blocks_of_mesh(vertices: np.ndarray, faces: np.ndarray, options: InputOption
     from trellis.utils.mesh_repair import clean_mesh
 
     resolution = options.required_resolution()
-    vertices, faces, _ = clean_mesh(vertices, faces, max_hole_mm=options.max_hole_mm, nested=options.nested)
+    if clean:
+        vertices, faces, _ = clean_mesh(vertices, faces, max_hole_mm=options.max_hole_mm, nested=options.nested)
     return mesh_to_sparse_sdf(vertices, faces, resolution, band_voxels=BAND_VOXELS, device=options.device)
 
 
@@ -163,24 +170,21 @@ def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
 
 def _volume(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
     from trellis.geometry.volume import label_surfaces, labels_of, read_volume
-    from trellis.preparation.tasks import shape_id
+    from trellis.preparation.tasks import names_of_labels, shape_id
 
     volume = read_volume(path)
     content = sha256_of_file(path)
-    numbers = labels_of(volume)
-    names = [volume.names.get(number) or str(number) for number in numbers]
-    named = {n: f"{name}_{n}" if names.count(name) > 1 else name for n, name in zip(numbers, names)}
-    if options.labels is not None:
-        named = {n: name for n, name in named.items() if {str(n), name} & set(options.labels)}
-        if not named:
-            raise ValueError(f"{path}: holds none of the labels {list(options.labels)}; it has {names[:20]}")
+    named = names_of_labels(labels_of(volume), volume.names, options.labels)
+    if not named:
+        present = list(names_of_labels(labels_of(volume), volume.names, None).values())
+        raise ValueError(f"{path}: holds none of the labels {list(options.labels or ())}; it has {present[:20]}")
     surfaces: dict[int, MeshArrays] = {}
 
     def load(number: int) -> SparseSDFBlocks:
         if not surfaces:  # all labels at once, and only when one of them is not done yet
             surfaces.update(label_surfaces(volume, list(named)))
         try:
-            return blocks_of_mesh(*surfaces.pop(number), options)
+            return blocks_of_mesh(*surfaces.pop(number), options, clean=False)
         except ValueError as error:
             raise ValueError(f"{path}, label {named[number]}: {error}") from None
 

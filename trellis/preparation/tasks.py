@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import logging
 import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,18 @@ def shape_id(content: str, label: str) -> str:
     return hashlib.sha256(f"{content}\0{label}".encode()).hexdigest()
 
 
+def names_of_labels(
+    numbers: Sequence[int], names: Mapping[int, str], wanted: Collection[str] | None
+) -> dict[int, str]:
+    """Label number to the name of its shape, of those wanted (by number or name); a name that occurs twice gets its
+    number behind it, a label without a name is called by its number."""
+    labels = {number: names.get(number) or str(number) for number in numbers}
+    if wanted is not None:
+        labels = {number: name for number, name in labels.items() if name in wanted or str(number) in wanted}
+    counts = Counter(labels.values())
+    return {number: f"{name}_{number}" if counts[name] > 1 else name for number, name in labels.items()}
+
+
 def _surfaces(task: SourceTask, record: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Label to surface (vertices RAS mm, faces) of the labels that are wanted."""
     wanted = task.settings.labels
@@ -117,13 +131,9 @@ def _surfaces(task: SourceTask, record: dict[str, Any]) -> dict[str, tuple[np.nd
     volume = read_volume(task.path)
     hidden = [] if task.keep_source_paths else names_of(task.path, task.data_root)
     record["notes"] = [scrub(note, hidden) for note in volume.notes]
-    labels = {number: volume.names.get(number) or str(number) for number in labels_of(volume)}
-    if wanted is not None:
-        labels = {number: name for number, name in labels.items() if name in wanted or str(number) in wanted}
+    labels = names_of_labels(labels_of(volume), volume.names, wanted)
     if not labels:
         return {}
-    twice = sorted({name for name in labels.values() if list(labels.values()).count(name) > 1})
-    labels = {number: f"{name}_{number}" if name in twice else name for number, name in labels.items()}
     return {labels[number]: surface for number, surface in label_surfaces(volume, list(labels)).items()}
 
 
