@@ -318,7 +318,8 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
 
 def _match(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     def wrong(expected: str) -> None:
-        problems.append(f"{path}: must be {expected}, got {_show(value)}")
+        close = _hint(value, _texts(hint)) if isinstance(value, str) else ""
+        problems.append(f"{path}: must be {expected}, got {_show(value)}{close}")
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -336,7 +337,7 @@ def _match(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
             wrong(_describe(hint))
     elif origin is Literal:
         if value not in inner or isinstance(value, bool) and True not in inner:
-            wrong(_describe(hint) + (_hint(value, [str(i) for i in inner]) if isinstance(value, str) else ""))
+            wrong(_describe(hint))
     elif dataclasses.is_dataclass(hint):
         return from_json(hint, value, path, problems)
     elif hint is float:
@@ -365,6 +366,13 @@ def _match(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
         elif inner:
             return {k: _match(v, inner[1], f"{path}.{k}", problems) for k, v in value.items()}
     return value
+
+
+def _texts(hint: Any) -> list[str]:
+    """Texts that a hint allows, where it lists them."""
+    if typing.get_origin(hint) is Literal:
+        return [text for text in typing.get_args(hint) if isinstance(text, str)]
+    return [text for option in typing.get_args(hint) for text in _texts(option)]
 
 
 def _describe(hint: Any) -> str:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,7 +188,10 @@ class Trainer:
         if self.precision.scales_loss:
             record["loss_scale"] = self.precision.loss_scale
         self._update(record, micro_batches)
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # The schedule counts steps, those skipped for an overflow too; torch takes that for a wrong order of calls.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.step += 1
         epoch = self.sampler.epoch
         self.sampler.advance()

@@ -1,0 +1,248 @@
+"""The step loop in this process: splitting changes nothing, skipped steps leave no trace, averages follow."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import read_log, tiny_config, write_config, write_dataset
+
+from trellis.config import InputError
+from trellis.trainers.base import Trainer
+from trellis.trainers.build import RunOptions, build_trainer, differing_keys
+from trellis.trainers.checkpoint import CheckpointError, find_checkpoint, load_misc, load_weights
+from trellis.utils.dist_utils import Ranks
+
+
+def build(tmp_path: Path, data: Path, config: dict, name: str = "run", **options) -> Trainer:
+    path = write_config(tmp_path / f"{name}.json", config)
+    run = RunOptions(config=str(path), output_dir=str(tmp_path / name), data_dir=str(data), device="cpu", **options)
+    return build_trainer(run, Ranks(), torch.device("cpu"))
+
+
+def test_batch_split_changes_only_rounding(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
+    logs = {}
+    for split in (1, 2, 9):
+        config = tiny_config(
+            batch_size_per_gpu=3, batch_split=split, max_steps=3, optimizer={"name": "SGD", "args": {"lr": 0.05}}
+        )
+        trainer = build(tmp_path, prepared, config, f"split{split}")
+        assert trainer.run() == 0
+        logs[split] = read_log(tmp_path / f"split{split}")
+    assert "batch_split 9 exceeds the 3 shapes" in caplog.text
+    for split in (2, 9):
+        for a, b in zip(logs[1], logs[split], strict=True):
+            for key in ("loss", "mse_band", "mse_extra", "vq", "commitment", "perplexity", "grad_norm"):
+                assert b[key] == pytest.approx(a[key], rel=2e-5), (split, key)
+
+
+def test_log_has_the_promised_keys_and_files_the_promised_names(tmp_path: Path, prepared: Path):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=3, i_sample=2, i_save=2))
+    assert trainer.run() == 0
+    run = tmp_path / "run"
+    records = read_log(run)
+    assert [r["step"] for r in records] == [1, 2, 3]
+    keys = {"step", "loss", "mse_band", "mse_extra", "vq", "commitment", "perplexity", "codes_used", "lr", "grad_norm",
+            "step_s"}
+    assert all(keys <= set(r) for r in records)
+    assert "epoch_perplexity" in records[2] and records[2]["epoch"] == 1  # 6 shapes of 5
+    for name in ("config.json", "vqvae_model_summary.txt", "ckpts/step0000002.json", "ckpts/step0000003.json",
+                 "ckpts/vqvae_ema0.99_step0000003.safetensors", "samples/step0000002/0_reconstruction.ply"):
+        assert (run / name).is_file(), name
+    assert list((run / "tb_logs").iterdir())
+    total = records[0]["loss"]
+    parts = (records[0]["mse_band"], records[0]["mse_extra"])
+    rest = records[0]["vq"] + 0.25 * records[0]["commitment"]
+    assert min(parts) <= total - rest <= max(parts)
+
+
+def test_training_reduces_the_loss(tmp_path: Path, prepared: Path):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=25, i_ddpcheck=None))
+    trainer.run()
+    losses = [r["mse_band"] for r in read_log(tmp_path / "run")]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def poison(trainer: Trainer, steps: set[int]) -> None:
+    """Make the loss of some steps infinite."""
+    real = trainer.objective.losses
+
+    def losses(model, batch):
+        return real(model, batch) * (float("inf") if trainer.step + 1 in steps else 1.0)
+
+    trainer.objective.losses = losses
+
+
+@pytest.mark.parametrize("use_ema_update", [False, True])
+def test_a_step_that_overflows_leaves_no_trace(tmp_path: Path, prepared: Path, use_ema_update: bool):
+    config = tiny_config(max_steps=3)
+    config["models"]["vqvae"]["args"]["use_ema_update"] = use_ema_update
+    trainer = build(tmp_path, prepared, config)
+    poison(trainer, {2})
+    seen = {}
+
+    def remember(step: int) -> None:
+        seen[step] = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+        seen[step, "ema"] = {name: t.clone() for name, t in trainer.ema[0.99].shadow.items()}
+        seen[step, "usage"] = trainer.objective.usage.counts.clone()
+        seen[step, "moments"] = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
+
+    trainer.run(max_steps=3, after_step=remember)
+    for key in (1, (1, "ema")):
+        other = 2 if key == 1 else (2, "ema")
+        assert all(torch.equal(t, seen[other][name]) for name, t in seen[key].items())
+    assert torch.equal(seen[1, "usage"], seen[2, "usage"])
+    assert all(torch.equal(a, b) for a, b in zip(seen[1, "moments"], seen[2, "moments"]))
+    assert not torch.equal(seen[2]["quantizer.codebook"], seen[3]["quantizer.codebook"])
+    records = read_log(tmp_path / "run")
+    assert records[1]["grad_norm"] is None and "perplexity" not in records[1] and "perplexity" in records[2]
+
+
+def test_float32_names_the_shapes_and_gives_up(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=30, batch_size_per_gpu=1))
+    poison(trainer, set(range(1, 100)))
+    with pytest.raises(FloatingPointError, match="in 10 steps in a row"):
+        trainer.run()
+    assert "the gradient is not finite, no update; shapes ['shape" in caplog.text
+
+
+def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_path: Path, prepared: Path):
+    config = tiny_config(max_steps=3)
+    config["models"]["vqvae"]["args"]["reseed_after"] = 1000
+    trainer = build(tmp_path, prepared, config)
+    codebook = trainer.precision.parameters["quantizer.codebook"]
+    real, rows = trainer.objective.commit, torch.tensor([3, 17])
+
+    def commit(step: int):
+        figures, overwritten = real(step)
+        if step == 3:
+            with torch.no_grad():
+                codebook[rows] = 7.0
+            overwritten = {"quantizer.codebook": rows}
+        return figures, overwritten
+
+    trainer.objective.commit = commit
+    trainer.run(max_steps=3)
+    state = trainer.optimizer.state[codebook]
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert (state[key][rows] == 0).all()
+        assert (state[key][[i for i in range(32) if i not in (3, 17)]] != 0).any()
+    assert torch.equal(trainer.ema[0.99].shadow["quantizer.codebook"], codebook)
+    assert (codebook[rows] == 7).all()
+    name = "decoder.out_layer.weight"
+    assert not torch.equal(trainer.ema[0.99].shadow[name], trainer.model.state_dict()[name])
+
+
+def test_resume_in_process_and_other_ema_rates(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
+    build(tmp_path, prepared, tiny_config(max_steps=2)).run()
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=3, ema_rate=[0.99, 0.5]))
+    assert trainer.step == 2 and trainer.ema[0.99].updates == 2
+    assert "ema_rate 0.5 is new" in caplog.text
+    assert "trainer.args.max_steps, trainer.args.ema_rate" in caplog.text  # the config differs, and that is said
+    assert trainer.run() == 0
+    found = find_checkpoint(tmp_path / "run")
+    assert found is not None and found.step == 3 and set(found.ema) == {"0.99", "0.5"}
+    assert load_weights(found.ema["0.99"]).keys() == load_weights(found.model).keys()
+    misc = load_misc(found)
+    assert misc["sampler"] == {"seed": 0, "num_samples": 5, "epoch": 1, "offset": 1}
+
+
+def test_choosing_checkpoints(tmp_path: Path, prepared: Path):
+    config = tiny_config(max_steps=2, i_save=1)
+    build(tmp_path, prepared, config).run()
+    with pytest.raises(InputError, match=r"holds checkpoints of later steps \[1, 2\]"):
+        build(tmp_path, prepared, config, ckpt="none")
+    with pytest.raises(InputError, match=r"later steps \[2\]"):
+        build(tmp_path, prepared, config, ckpt="1")
+    elsewhere = build(tmp_path, prepared, config, "other", ckpt="1", load_dir=str(tmp_path / "run"))
+    assert elsewhere.step == 1
+    with pytest.raises(InputError, match="there is no valid checkpoint"):
+        build(tmp_path, prepared, config, "third", load_dir=str(tmp_path / "nowhere"))
+    config["models"]["vqvae"]["args"]["num_embeddings"] = 64
+    with pytest.raises(InputError, match=r"quantizer.codebook is \[32, 8\], the model has \[64, 8\]"):
+        build(tmp_path, prepared, config)
+
+
+def test_weights_to_start_from(tmp_path: Path, prepared: Path):
+    build(tmp_path, prepared, tiny_config(max_steps=1)).run()
+    found = find_checkpoint(tmp_path / "run")
+    assert found is not None
+    saved = load_weights(found.model)
+    for i, spec in enumerate((str(found.model), {"vqvae": str(found.model)})):
+        trainer = build(tmp_path, prepared, tiny_config(finetune_ckpt=spec), f"tune{i}")
+        assert trainer.step == 0
+        assert all(torch.equal(t, saved[name]) for name, t in trainer.model.state_dict().items())
+    for args, message in [
+        ({"finetune_ckpt": str(tmp_path / "no.pt")}, "no such weights file"),
+        ({"finetune_ckpt": {"vae": "x"}}, "must name 'vqvae'"),
+        ({"pretrained_vae_path": str(tmp_path / "no.pth")}, "pretrained_vae_path: no such file"),
+        ({"finetune_ckpt": "a", "pretrained_vae_path": "b"}, "two sources"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            build(tmp_path, prepared, tiny_config(**args), "bad")
+    config = tiny_config(finetune_ckpt=str(found.model))
+    config["models"]["vqvae"]["args"]["latent_channels"] = 4
+    with pytest.raises(InputError, match="size mismatch"):
+        build(tmp_path, prepared, config, "bad")
+
+
+def test_bad_data_is_named(tmp_path: Path):
+    data = write_dataset(tmp_path / "data", 2)
+    (data / "sparse_sdf" / "shape01_r64.npz").write_bytes(b"PK not a zip")
+    trainer = build(tmp_path, data, tiny_config(codebook_init_samples=1, batch_size_per_gpu=2))
+    with pytest.raises((InputError, ValueError), match="shape01_r64.npz"):
+        trainer.run()
+
+
+def test_a_failed_save_ends_the_run_and_keeps_the_older(tmp_path: Path, prepared: Path, monkeypatch):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=2, i_save=1))
+    from trellis.trainers import checkpoint
+
+    def fill_disk(step: int) -> None:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+
+    with pytest.raises(CheckpointError, match="step 2 was not written"):
+        trainer.run(after_step=fill_disk)
+    found = find_checkpoint(tmp_path / "run")
+    assert found is not None and found.step == 1
+
+
+def test_samples_do_not_move_training(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.ERROR)
+    weights, states = [], []
+    for name, every in (("with", 1), ("without", None)):
+        trainer = build(tmp_path, prepared, tiny_config(max_steps=2, i_sample=every), name)
+        if every:
+            def broken(model, dataset, folder):
+                torch.rand(3)
+                raise RuntimeError("no picture today")
+
+            trainer.objective.write_samples = broken
+        trainer.run()
+        weights.append(trainer.precision.weights())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
+    assert "no picture today" in caplog.text and "training goes on" in caplog.text
+
+
+def test_epochs_end_training(tmp_path: Path, prepared: Path):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=None, max_epoch=1))
+    assert trainer.total_steps == 3
+    assert build(tmp_path, prepared, tiny_config(max_steps=2, max_epoch=1), "b").total_steps == 2
+    with pytest.raises(InputError, match="multiple of the 2 ranks"):
+        args = replace(trainer.args, batch_size_per_gpu=None, batch_size=3)
+        Trainer(args, trainer.objective, "vqvae", trainer.model, trainer.dataset, tmp_path, ranks=Ranks(0, 2),
+                device=torch.device("cpu"), metadata={})
+
+
+def test_summary_and_differences(tmp_path: Path, prepared: Path):
+    build(tmp_path, prepared, tiny_config())
+    text = (tmp_path / "run" / "vqvae_model_summary.txt").read_text()
+    assert "quantizer.codebook" in text and "trained parameters" in text
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == tiny_config()
+    assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": None}) == ["a.c"]

@@ -1,0 +1,321 @@
+"""The trainer's small parts against closed forms: averages, clipping, order of shapes, schedules, loss scaling."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trellis.config import InputError, Named
+from trellis.trainers.ema import EMA, warm_rate
+from trellis.trainers.grad_clip import AdaptiveGradClipper, build_grad_clipper
+from trellis.trainers.loader import split_and_collate
+from trellis.trainers.optim import build_optimizer, build_scheduler
+from trellis.trainers.precision import INITIAL_LOG_SCALE, Precision, mode_on_device
+from trellis.trainers.random_state import random_state, set_random_state
+from trellis.trainers.sampler import ResumableSampler
+from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
+
+# -- averages ---------------------------------------------------------------------------------------------------------
+
+
+def test_ema_follows_its_warm_up_formula():
+    weights = {"w": torch.tensor([1.0, -2.0]), "quantizer.codebook": torch.zeros(2), "n": torch.tensor(3)}
+    ema = EMA(0.9, weights, lambda name: name.startswith("quantizer."))
+    expected = weights["w"].double()
+    for n in range(100):
+        new = {"w": torch.tensor([float(n), n * 0.5]), "quantizer.codebook": torch.full((2,), float(n)),
+               "n": torch.tensor(n)}
+        rate = min(0.9, (1 + n) / (10 + n))
+        expected = rate * expected + (1 - rate) * new["w"].double()
+        ema.update(new)
+    torch.testing.assert_close(ema.shadow["w"].double(), expected, rtol=1e-6, atol=1e-6)
+    assert ema.shadow["quantizer.codebook"].tolist() == [99.0, 99.0] and int(ema.shadow["n"]) == 99
+    assert ema.updates == 100
+    assert warm_rate(0.9, 0) == 0.1 and warm_rate(0.9, 10_000) == 0.9
+
+
+def test_ema_of_half_weights_is_float32_and_independent():
+    weights = {"w": torch.ones(3, dtype=torch.float16)}
+    ema = EMA(0.5, weights)
+    weights["w"].zero_()
+    assert ema.shadow["w"].dtype == torch.float32 and ema.shadow["w"].tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="names"):
+        ema.load({"v": torch.zeros(3)}, 0)
+
+
+# -- clipping ---------------------------------------------------------------------------------------------------------
+
+
+def test_adaptive_clipper_uses_the_percentile_of_past_norms_once_the_buffer_is_full():
+    clipper = AdaptiveGradClipper(max_norm=50.0, clip_percentile=75, buffer_size=4)
+    norms = [1.0, 100.0, 3.0, 2.0]
+    assert [clipper.limit(n) for n in norms] == [50.0] * 4
+    assert clipper.limit(9.0) == pytest.approx(np.percentile(norms, 75))
+    again = AdaptiveGradClipper(max_norm=50.0, clip_percentile=75, buffer_size=4)
+    again.load_state_dict(clipper.state_dict())
+    assert again.limit(1.0) == clipper.limit(1.0) == pytest.approx(np.percentile([100, 3, 2, 9], 75))
+    assert clipper.limit(0.5) == pytest.approx(np.percentile([3, 2, 9, 1], 75))
+
+
+def test_clipper_is_built_from_every_spelling():
+    assert build_grad_clipper(None).limit(1e9) == math.inf
+    assert build_grad_clipper(2.0).limit(1e9) == 2.0
+    assert build_grad_clipper(Named("AdaptiveGradClipper", {"max_norm": 1.0})).limit(7.0) == 1.0
+    for spec, message in [
+        (Named("Clip", {}), "must be AdaptiveGradClipper"),
+        (Named("AdaptiveGradClipper", {"max": 1}), "unknown key.*max_norm"),
+        (Named("AdaptiveGradClipper", {"clip_percentile": 0}), r"in \(0, 100\], got 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            build_grad_clipper(spec)
+
+
+# -- order of shapes --------------------------------------------------------------------------------------------------
+
+
+def first_batches(sampler: ResumableSampler, count: int) -> list[list[tuple[int, int]]]:
+    batches = iter(sampler)
+    return [next(batches) for _ in range(count)]
+
+
+def test_every_epoch_is_a_permutation_and_epochs_differ():
+    sampler = ResumableSampler(7, 3, seed=1)
+    items = [item for batch in first_batches(sampler, 7) for item in batch]
+    for epoch in range(3):
+        part = items[7 * epoch : 7 * epoch + 7]
+        assert [e for e, _ in part] == [epoch] * 7 and sorted(i for _, i in part) == list(range(7))
+    orders = [[i for _, i in items[7 * e : 7 * e + 7]] for e in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert first_batches(ResumableSampler(7, 3, seed=2), 2) != first_batches(sampler, 2)
+
+
+def test_ranks_share_the_stream_of_one_rank():
+    joint = first_batches(ResumableSampler(5, 4, seed=3), 6)
+    parts = [first_batches(ResumableSampler(5, 2, seed=3, rank=r, world_size=2), 6) for r in (0, 1)]
+    assert joint == [a + b for a, b in zip(*parts)]
+
+
+def test_resuming_ignores_what_was_only_fetched():
+    sampler = ResumableSampler(5, 2, seed=4)
+    ahead = first_batches(sampler, 9)  # fetched ahead by a loader
+    for _ in range(4):
+        sampler.advance()
+    again = ResumableSampler(5, 2, seed=4)
+    again.load_state_dict(sampler.state_dict())
+    assert first_batches(again, 5) == ahead[4:]
+    assert again.epoch == 1
+
+
+def test_another_number_of_shapes_starts_an_epoch(caplog: pytest.LogCaptureFixture):
+    sampler = ResumableSampler(5, 2, seed=4)
+    for _ in range(4):
+        sampler.advance()
+    again = ResumableSampler(6, 2, seed=4)
+    again.load_state_dict(sampler.state_dict())
+    assert (again.epoch, again.position) == (2, 12) and "there were 5 shapes and are 6" in caplog.text
+
+
+def test_micro_batches_are_balanced_and_in_order():
+    parts = split_and_collate(list(range(7)), parts=3, collate=list)
+    assert [x for part in parts for x in part] == list(range(7))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# -- optimizers and schedules -----------------------------------------------------------------------------------------
+
+
+def test_codebook_has_no_weight_decay():
+    parameters = {"a": nn.Parameter(torch.ones(3)), "quantizer.codebook": nn.Parameter(torch.ones(3))}
+    optimizer = build_optimizer(
+        Named("AdamW", {"lr": 0.1, "weight_decay": 0.5, "betas": [0.8, 0.9]}), parameters, ["quantizer.codebook"]
+    )
+    for p in parameters.values():
+        p.grad = torch.zeros(3)
+    optimizer.step()
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert parameters["a"].max() < 0.96 and parameters["quantizer.codebook"].min() == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Named("Adam2"), "name: must be one of .*AdamW.*got 'Adam2'"),
+        (Named("AdamW", {"learning_rate": 1}), "learning_rate: unknown key.*valid keys:.*lr"),
+        (Named("AdamW", {"lr": -1.0}), "args: .*learning rate"),
+    ],
+)
+def test_bad_optimizers(spec: Named, message: str):
+    with pytest.raises(InputError, match=message):
+        build_optimizer(spec, {"a": nn.Parameter(torch.ones(1))}, [])
+
+
+def test_schedules():
+    def rates(spec: Named | None, steps: int) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0)
+        scheduler, seen = build_scheduler(spec, optimizer), []
+        for _ in range(steps):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    assert rates(None, 3) == [2.0] * 3
+    assert rates(Named("LinearWarmupLRScheduler", {"warmup_steps": 4}), 6) == pytest.approx([0.5, 1, 1.5, 2, 2, 2])
+    cosine = rates(Named("WarmupCosineLRScheduler", {"warmup_steps": 2, "total_steps": 6, "min_ratio": 0.1}), 8)
+    angle = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
+    assert cosine == pytest.approx([1.0, 2.0, *(2 * a for a in angle), 0.2])
+    assert rates(Named("StepLR", {"step_size": 2, "gamma": 0.5}), 5) == pytest.approx([2, 2, 1, 1, 0.5])
+    with pytest.raises(InputError, match="total_steps: is missing"):
+        build_scheduler(Named("WarmupCosineLRScheduler"), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0))
+    with pytest.raises(InputError, match="total_steps must be"):
+        rates(Named("WarmupCosineLRScheduler", {"total_steps": 0}), 1)
+
+
+# -- number formats ---------------------------------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """A stand-in with a trunk that turns to half and a part that stays float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Linear(3, 2)
+        self.codebook = nn.Parameter(torch.randn(2, 2))
+
+    def convert_to_fp16(self) -> None:
+        self.trunk.half()
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.trunk(x.to(self.trunk.weight.dtype)).float()
+        return (hidden @ self.codebook).square().sum()
+
+
+def test_inflat_all_keeps_masters_and_its_scale_follows_overflow():
+    model = Halves()
+    precision = Precision(model, "inflat_all", scale_growth=0.25)
+    masters = precision.parameters
+    assert model.trunk.weight.dtype == torch.float16 and masters["trunk.weight"].dtype == torch.float32
+    assert masters["codebook"] is model.codebook  # float32 parameters are their own masters
+    optimizer = torch.optim.SGD(list(masters.values()), lr=1e-5)
+    precision.log_scale = 4.0
+    exact = Halves()
+    x = torch.tensor([[0.5, -1.0, 2.0]])
+    exact.loss(x).backward()
+    precision.zero_gradient()
+    for _ in range(2):  # two micro-batches of half the loss each
+        precision.backward(model.loss(x) / 2)
+    precision.collect()
+    norm = precision.unscale(optimizer)
+    wanted = torch.cat([p.grad.reshape(-1) for p in exact.parameters()])
+    by_name = {name: exact.get_parameter(name).grad for name in masters}
+    for name, p in masters.items():
+        torch.testing.assert_close(p.grad, by_name[name], rtol=5e-3, atol=5e-3)
+    assert float(norm) == pytest.approx(float(wanted.norm()), rel=5e-3)
+    before = masters["trunk.weight"].detach().clone()
+    precision.step(optimizer, finite=True)
+    assert precision.log_scale == 4.25
+    assert not torch.equal(masters["trunk.weight"], before)
+    assert torch.equal(model.trunk.weight, masters["trunk.weight"].half())
+    changed = masters["trunk.weight"].detach().clone()
+    precision.zero_gradient()
+    precision.backward(model.loss(x) * 1e30)
+    precision.collect()
+    assert not math.isfinite(float(precision.unscale(optimizer)))
+    precision.step(optimizer, finite=False)
+    assert precision.log_scale == 3.25 and torch.equal(masters["trunk.weight"], changed)
+
+
+def test_inflat_all_weights_round_trip_through_masters():
+    precision = Precision(Halves(), "inflat_all")
+    saved = {name: t + 1e-5 for name, t in precision.weights().items()}
+    assert precision.log_scale == INITIAL_LOG_SCALE and saved["trunk.weight"].dtype == torch.float32
+    other = Precision(Halves(), "inflat_all")
+    other.load_weights(saved)
+    assert all(torch.equal(t, saved[name]) for name, t in other.weights().items())
+    assert torch.equal(other.model.trunk.weight, saved["trunk.weight"].half())
+    with pytest.raises(ValueError, match="missing trunk.bias.*trunk.weight is .*the model has"):
+        other.load_weights({"trunk.weight": torch.zeros(1), "codebook": saved["codebook"]})
+
+
+def test_amp_scales_and_backs_off():
+    model = Halves()
+    precision = Precision(model, "amp")
+    assert model.dtype == torch.float16 and precision.loss_scale == 2.0**16
+    optimizer = torch.optim.SGD(list(precision.parameters.values()), lr=1e-4)
+    x, exact = torch.ones(1, 3), Halves()
+    exact.loss(x).backward()
+    precision.zero_gradient()
+    precision.backward(model.loss(x))
+    precision.collect()
+    norm = float(precision.unscale(optimizer))
+    assert norm == pytest.approx(float(torch.cat([p.grad.reshape(-1) for p in exact.parameters()]).norm()), rel=1e-5)
+    precision.step(optimizer, finite=True)
+    weights = model.trunk.weight.detach().clone()
+    precision.zero_gradient()
+    precision.backward(model.loss(x) * float("inf"))
+    finite = math.isfinite(float(precision.unscale(optimizer)))
+    precision.step(optimizer, finite=finite)
+    assert not finite and precision.loss_scale == 2.0**15 and torch.equal(model.trunk.weight, weights)
+    again = Precision(Halves(), "amp")
+    again.load_state_dict(precision.state_dict())
+    assert again.loss_scale == 2.0**15
+
+
+def test_half_precision_on_a_cpu_becomes_float32_in_one_line(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    cpu = torch.device("cpu")
+    assert mode_on_device("inflat_all", cpu) is None and len(caplog.records) == 1
+    assert "float32" in caplog.text
+    assert mode_on_device("bf16", cpu) == "bf16" and mode_on_device(None, cpu) is None
+    assert mode_on_device("amp", torch.device("cuda")) == "amp" and len(caplog.records) == 1
+
+
+# -- generators, usage ------------------------------------------------------------------------------------------------
+
+
+def test_random_states_come_back_through_a_file(tmp_path):
+    state = random_state()
+    torch.save(state, tmp_path / "s.pt")
+    np.random.standard_normal(3)  # noqa: NPY002 -- leaves half a pair cached
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.standard_normal()), float(torch.rand(()))]  # noqa: NPY002
+
+    set_random_state(torch.load(tmp_path / "s.pt", weights_only=True))
+    first = draw()
+    set_random_state(torch.load(tmp_path / "s.pt", weights_only=True))
+    assert draw() == first
+
+
+def test_perplexity_closed_forms():
+    assert float(perplexity(torch.tensor([5, 5, 5, 5]))) == pytest.approx(4)
+    assert float(perplexity(torch.tensor([7, 0, 0]))) == pytest.approx(1)
+    assert float(perplexity(torch.zeros(4, dtype=torch.int64))) == 0
+
+
+def test_collapse_is_announced_after_two_epochs(caplog: pytest.LogCaptureFixture):
+    usage = CodebookUsage(1000, torch.device("cpu"))
+    counts = torch.zeros(1000, dtype=torch.int64)
+    counts[:3] = torch.tensor([1000, 10, 10])
+    for epoch in range(3):
+        usage.add(counts)
+        figures = usage.finish_epoch()
+        assert ("COLLAPSE" in caplog.text) == (epoch >= 1)
+    assert figures["epoch_codes_used"] == 3 and figures["epoch_dead_codes"] == 997
+    assert figures["epoch_share_used"] == pytest.approx(0.003)
+    caplog.clear()
+    usage.add(torch.ones(1000, dtype=torch.int64))
+    assert usage.finish_epoch()["epoch_perplexity"] == pytest.approx(1000)
+    usage.add(counts)
+    usage.finish_epoch()
+    assert "COLLAPSE" not in caplog.text

@@ -1,0 +1,76 @@
+"""The loss of a shape against sums written out in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trellis.trainers.vae.sparse_sdf_vqvae import mean_rows, reconstruction_terms
+
+
+def make_batch(sizes: list[int], seed: int = 0) -> tuple[dict, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    m = sum(sizes)
+    sdf = (torch.rand(m, 512, generator=generator) * 3 - 1.5).clamp(-1, 1).half()
+    counted = torch.rand(m, generator=generator) < 0.7
+    counted[0] = counted[-1] = True
+    batch = {
+        "block_sdf": sdf, "active": sdf.abs() < 1, "loss_blocks": counted, "blocks_per_sample": torch.tensor(sizes),
+    }
+    return batch, torch.tanh(torch.randn(m, 512, generator=generator))
+
+
+@pytest.mark.parametrize("loss_type", ["mse", "l1", "l1_l2"])
+def test_against_float64(loss_type: str):
+    sizes = [3, 1, 7]
+    batch, predicted = make_batch(sizes)
+    got = reconstruction_terms(predicted, batch, loss_type=loss_type, lambda_extra=0.25)
+    start = 0
+    for i, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        start += size
+        keep = batch["loss_blocks"][rows].numpy()
+        active = batch["active"][rows].numpy()[keep]
+        e = (predicted[rows].double() - batch["block_sdf"][rows].double()).numpy()[keep]
+        f = {"mse": e**2, "l1": np.abs(e), "l1_l2": np.abs(e) + e**2}[loss_type]
+        weight = np.where(active, 1.0, 0.25)
+        assert float(got[0][i]) == pytest.approx((weight * f).sum() / weight.sum(), rel=1e-6)
+        assert float(got[1][i]) == pytest.approx((e[active] ** 2).mean(), rel=1e-6)
+        assert float(got[2][i]) == pytest.approx((e[~active] ** 2).mean(), rel=1e-6)
+
+
+def test_gradient_is_that_of_the_formula_and_stops_at_the_rim():
+    batch, predicted = make_batch([4, 2])
+    batch["loss_blocks"][1] = False
+    predicted.requires_grad_()
+    loss, _, _ = reconstruction_terms(predicted, batch, loss_type="mse", lambda_extra=0.1)
+    loss.sum().backward()
+    weight = torch.where(batch["active"], 1.0, 0.1).double() * batch["loss_blocks"][:, None]
+    total = torch.cat([w.sum().expand(len(w)) for w in weight.split([4, 2])])
+    wanted = 2 * weight * (predicted.detach().double() - batch["block_sdf"].double()) / total[:, None]
+    torch.testing.assert_close(predicted.grad.double(), wanted, rtol=1e-5, atol=1e-9)
+    assert (predicted.grad[1] == 0).all() and (predicted.grad[0] != 0).any()
+
+
+def test_a_shape_weighs_the_same_whatever_its_size():
+    batch, predicted = make_batch([5, 1])
+    joint = reconstruction_terms(predicted, batch, loss_type="mse", lambda_extra=0.1)[0]
+    for i, rows in enumerate((slice(0, 5), slice(5, 6))):
+        alone = {key: value[rows] for key, value in batch.items() if key != "blocks_per_sample"}
+        alone["blocks_per_sample"] = torch.tensor([rows.stop - rows.start])
+        one = reconstruction_terms(predicted[rows], alone, loss_type="mse", lambda_extra=0.1)[0]
+        assert torch.equal(one[0], joint[i])
+
+
+def test_a_shape_without_voxels_outside_the_band():
+    batch, predicted = make_batch([2])
+    batch["active"][:] = True
+    batch["block_sdf"] *= 0.5
+    loss, band, extra = reconstruction_terms(predicted, batch, loss_type="mse", lambda_extra=0.1)
+    assert torch.equal(loss, band) and float(extra) == 0
+
+
+def test_mean_rows():
+    batch = {"blocks_per_sample": torch.tensor([1, 3])}
+    assert mean_rows(torch.tensor([4.0, 1.0, 2.0, 6.0]), batch).tolist() == [4.0, 3.0]
