@@ -154,7 +154,7 @@ class BlockLookup:
 def blocks_from_voxels(
     coords: np.ndarray, values: np.ndarray, resolution: int, *, to_world: np.ndarray | None, band_voxels: int
 ) -> SparseSDFBlocks:
-    """Blocks from a voxel list; voxels that are not listed take the sign of the nearest listed one on a face path.
+    """Blocks from a voxel list; voxels that are not listed take the sign of a listed one that they reach over faces.
 
     Args:
         coords: [N, 3] integers in [0, resolution); values: [N] or [N, 1] floats in [-1, 1].

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from trellis.utils.blocks import BAND_VOXELS, STORAGE_BLOCK, SparseSDFBlocks, blocks_from_voxels, morton_encode
 
 SCHEMA_VERSION = 2
+_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
 
 
 @contextmanager
@@ -97,13 +100,10 @@ def load_sparse_sdf(path: str | Path, *, convert_unsigned: bool = False) -> Spar
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("an .npz archive is needed, got a single array")
-            fields = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise ValueError(f"{path}: no such file") from None
+        fields = read_npz(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a readable sparse SDF npz: {error}") from None
     try:
         if "schema_version" in fields:
@@ -113,6 +113,39 @@ def load_sparse_sdf(path: str | Path, *, convert_unsigned: bool = False) -> Spar
         raise ValueError(f"{path}: field {error} is missing; fields present: {sorted(fields)}") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz archive. Nothing is unpickled, and no header makes it reserve more than the file holds.
+
+    Raises:
+        ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error: the file is not such an archive.
+    """
+    with open(path, "rb") as stream:
+        if stream.read(6) == b"\x93NUMPY":
+            raise ValueError("an .npz archive is needed, got a single array")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked, packed = (sum(getattr(info, name) for info in members) for name in ("file_size", "compress_size"))
+        if unpacked > _BOMB_BYTES and unpacked > _BOMB_RATIO * packed:
+            raise ValueError(f"{packed} bytes that unpack to {unpacked} are refused")
+        for info in members:
+            with archive.open(info) as member:
+                _check_npy_header(member, info)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _check_npy_header(member: IO[bytes], info: zipfile.ZipInfo) -> None:
+    """ValueError unless an archive's member is an array of plain numbers or text as long as its header says."""
+    version = np.lib.format.read_magic(member)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(member)
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename} holds Python objects, which are not loaded")
+    announced = math.prod(shape) * dtype.itemsize
+    if announced != info.file_size - member.tell():
+        raise ValueError(f"{info.filename} announces {announced} bytes and holds {info.file_size - member.tell()}")
 
 
 def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:
