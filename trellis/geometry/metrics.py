@@ -108,8 +108,8 @@ def _check_mesh(mesh: Mesh | None, name: str) -> Mesh | None:
         faces, vertices = (np.cumsum(used) - 1)[faces], vertices[used]
     if not np.isfinite(vertices).all():
         raise ValueError(f"{name}: vertices must be finite, got inf or NaN")
-    if not face_normals(vertices, faces)[1].sum() > 0:
-        return None
+    if not face_normals(vertices, faces)[1].any():
+        return None  # faces without any area enclose nothing
     return vertices, faces
 
 
@@ -158,14 +158,14 @@ def _distance_metrics(
     distances, areas, farthest, cosines = [], [], [], []
     targets = ClosestTriangle(*truth), ClosestTriangle(*pred)
     for (vertices, faces), own, other in ((pred, targets[1], targets[0]), (truth, targets[0], targets[1])):
-        points, face = sample_surface(vertices, faces, num_samples, seed)
+        points, face = sample_surface(vertices, faces, num_samples, seed, areas=own.areas)
         distance, closest = other.query(points)
         cosines.append(np.abs((own.normals[face] * other.normals[closest]).sum(axis=1)).mean())
         if len(vertices) > num_samples:
             vertices = vertices[np.random.default_rng(seed).choice(len(vertices), num_samples, replace=False)]
         farthest.append(max(distance.max(), other.query(vertices)[0].max()))
         distances.append(distance)
-        areas.append(own.area)
+        areas.append(own.areas.sum())
     means = [d.mean() for d in distances]
     weights = np.array(areas) / sum(areas)
 
@@ -217,24 +217,38 @@ def _volume_and_topology(pred: Mesh | None, truth: Mesh | None) -> dict[str, Any
 def mesh_volume_mm3(vertices: np.ndarray, faces: np.ndarray) -> float:
     """Signed volume of a closed mesh by the divergence theorem, in the cube of the vertices' unit."""
     local = vertices - vertices.mean(axis=0)  # far from the origin the sum would lose digits
-    a, b, c = (local[faces[:, k]] for k in range(3))
-    return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)
+    total = 0.0
+    for start in range(0, len(faces), 1 << 18):
+        a, b, c = (local[faces[start : start + (1 << 18), k]].T for k in range(3))
+        total += float(
+            (a[0] * (b[1] * c[2] - b[2] * c[1]) + a[1] * (b[2] * c[0] - b[0] * c[2])).sum()
+            + (a[2] * (b[0] * c[1] - b[1] * c[0])).sum()
+        )
+    return total / 6
 
 
 def euler_and_open_edges(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
     """V - E + F of a mesh, and how many edges run more often one way than the other.
 
-    Vertices with equal coordinates count as one, and faces that have two such are left out.
+    A mesh that is open as it is indexed is counted with vertices of equal coordinates made one (STL repeats them), and
+    without the faces that have two such.
     """
-    merged, faces = merge_identical_vertices(vertices, faces)
-    faces = faces[(faces != np.roll(faces, 1, axis=1)).all(axis=1)]
+    euler, open_edges = _chain(faces, len(vertices))
+    if open_edges:
+        merged, faces = merge_identical_vertices(vertices, faces)
+        euler, open_edges = _chain(faces[(faces != np.roll(faces, 1, axis=1)).all(axis=1)], len(merged))
+    return euler, open_edges
+
+
+def _chain(faces: np.ndarray, num_vertices: int) -> tuple[int, int]:
+    """V - E + F of the vertices in use, and the number of edges that are not matched by their reverses."""
     start, end = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
-    keys = (np.minimum(start, end) * len(merged) + np.maximum(start, end)) << 1 | (start > end)
+    keys = (np.minimum(start, end) * num_vertices + np.maximum(start, end)) << 1 | (start > end)
     keys.sort()
     edges = keys >> 1
     first = np.flatnonzero(np.diff(edges, prepend=-1))
     balance = np.add.reduceat(1 - 2 * (keys & 1), first) if len(first) else np.zeros(0)
-    used = np.zeros(len(merged), dtype=bool)
+    used = np.zeros(num_vertices, dtype=bool)
     used[faces] = True
     return int(used.sum()) - len(first) + len(faces), int(np.count_nonzero(balance))
 

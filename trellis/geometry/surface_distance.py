@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import numpy as np
 
+_CHUNK_FACES = 1 << 18
+
 
 def face_normals(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Unit normals [F, 3] (zero for a degenerate face) and areas [F], float64."""
-    a, b, c = (vertices[faces[:, k]] for k in range(3))
-    cross = np.cross(b - a, c - a)
-    length = np.linalg.norm(cross, axis=1)
-    return cross / np.where(length > 0, length, 1)[:, None], length / 2
+    normals, areas = np.empty((len(faces), 3)), np.empty(len(faces))
+    for start in range(0, len(faces), _CHUNK_FACES):
+        part = slice(start, start + _CHUNK_FACES)
+        a, b, c = (vertices[faces[part, k]].T for k in range(3))
+        u, v = b - a, c - a
+        cross = np.stack([u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]], axis=-1)
+        length = np.sqrt((cross * cross).sum(axis=1))
+        normals[part] = cross / np.where(length > 0, length, 1)[:, None]
+        areas[part] = length / 2
+    return normals, areas
 
 
-def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def sample_surface(
+    vertices: np.ndarray, faces: np.ndarray, count: int, seed: int, *, areas: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Points spread uniformly by area (stratified: one in each of `count` equal shares of the area).
+
+    Args:
+        areas: [F] of the faces, if they are known already.
 
     Returns:
         points [count, 3] float64 and the face of each, [count] int64.
     """
     rng = np.random.default_rng(seed)
-    area = face_normals(vertices, faces)[1]
-    ends = np.cumsum(area)
+    areas = face_normals(vertices, faces)[1] if areas is None else areas
+    ends = np.cumsum(areas)
     if not ends[-1] > 0:
         raise ValueError(f"a surface with an area is needed, got {len(faces)} faces of total area {ends[-1]:.3g}")
     at = (np.arange(count) + rng.random(count)) / count * ends[-1]
-    face = np.minimum(np.searchsorted(ends, at, side="right"), np.flatnonzero(area)[-1])
+    face = np.minimum(np.searchsorted(ends, at, side="right"), np.flatnonzero(areas)[-1])
     # the square root makes it uniform in the triangle: Osada et al., Shape distributions, 2002, section 4.2
     root, share = np.sqrt(rng.random(count))[:, None], rng.random(count)[:, None]
     a, b, c = (vertices[faces[face, k]] for k in range(3))
@@ -74,9 +87,8 @@ class ClosestTriangle:
         from trellis.geometry.surface_distance_kernels import build_mesh
 
         self.vertices, self.faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
-        self.normals, area = face_normals(self.vertices, self.faces)
-        self.area = float(area.sum())
-        self._solid = np.flatnonzero(area > 0)
+        self.normals, self.areas = face_normals(self.vertices, self.faces)
+        self._solid = np.flatnonzero(self.areas > 0)
         if not len(self._solid):
             raise ValueError(f"a mesh with an area is needed, got {len(self.faces)} faces without")
         used = np.zeros(len(self.vertices), dtype=bool)
