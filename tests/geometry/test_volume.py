@@ -231,7 +231,7 @@ def test_surfaces_are_closed_outward_and_in_place(iterations: int):
             assert vertices.dtype == np.float64 and faces.dtype == np.int64
             assert_closed_and_consistent(faces)
             voxels = np.count_nonzero(data == label)
-            assert signed_volume(vertices, faces) == pytest.approx(voxels * volume.voxel_volume_mm3, rel=0.10)
+            assert signed_volume(vertices, faces) == pytest.approx(voxels * volume.voxel_volume_mm3, rel=0.04)
             index = np.argwhere(data == label)
             centre = index.mean(axis=0) @ affine[:3, :3].T + affine[:3, 3]
             a, b, c = np.moveaxis(vertices[faces], 1, 0)
@@ -287,4 +287,4 @@ def test_labels_that_fill_the_volume_or_touch_themselves_are_closed():
     for label, voxels in ((1, 3), (2, 1)):
         vertices, faces = surfaces[label]
         assert_closed_and_consistent(faces)
-        assert signed_volume(vertices, faces) > 0.2 * voxels
+        assert signed_volume(vertices, faces) > 0.6 * voxels

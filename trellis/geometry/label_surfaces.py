@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trellis.geometry.label_smoothing import fair_positions, triangulate
+
 if TYPE_CHECKING:
     from trellis.geometry.volume import LabelVolume
 
-SMOOTHING_ITERATIONS = 16
-SMOOTHING_DISTANCE_VOXELS = 0.3
-"""How far a vertex may move from the centre of its cell, in voxels."""
+SMOOTHING_ITERATIONS = 30
+SMOOTHING_REACH_VOXELS = 0.49
+"""How far a vertex may move from the centre of its cell along each axis; below 0.5 no voxel centre changes sides."""
 
 
 def label_surfaces(
@@ -20,7 +22,7 @@ def label_surfaces(
     labels: Iterable[int] | None = None,
     *,
     smoothing_iterations: int = SMOOTHING_ITERATIONS,
-    smoothing_distance_voxels: float = SMOOTHING_DISTANCE_VOXELS,
+    smoothing_reach_voxels: float = SMOOTHING_REACH_VOXELS,
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """The closed surface of each label, in world mm.
 
@@ -28,14 +30,16 @@ def label_surfaces(
     its surface is closed half a voxel outside the last voxel centre. Every component is kept. A label that touches
     itself along an edge or at a corner comes out closed and consistently oriented, but not manifold there.
 
-    Method: SurfaceNets (Gibson 1998) with the constraint of Frisken 2022 (every vertex stays within
-    `smoothing_distance_voxels` of the centre of its cell), in voxel index space, then the volume's affine.
+    Method: the quads of SurfaceNets (Gibson 1998), one vertex per boundary cell, between all labels at once; then
+    vertices move inside their cells to the smallest bending energy (`label_smoothing`), in voxel index space, so that
+    every voxel centre stays on its side; then the volume's affine.
 
     Args:
         volume: labels with their affine.
-        labels: label values to extract, None for all that occur.
+        labels: label values to give back, None for all that occur. All are computed: a label's surface does not depend
+            on what else was asked for.
         smoothing_iterations: relaxation steps; 0 gives the voxel stairs.
-        smoothing_distance_voxels: the constraint, 0 to 0.5.
+        smoothing_reach_voxels: the constraint, from 0 to below 0.5.
 
     Returns:
         label -> (vertices [V, 3] float64 RAS mm, faces [F, 3] int64, normals outward), in the order of `labels`.
@@ -45,8 +49,8 @@ def label_surfaces(
     """
     from trellis.geometry.volume import labels_of
 
-    if not 0 <= smoothing_distance_voxels <= 0.5:
-        raise ValueError(f"smoothing_distance_voxels must be from 0 to 0.5, got {smoothing_distance_voxels}")
+    if not 0 <= smoothing_reach_voxels < 0.5:
+        raise ValueError(f"smoothing_reach_voxels must be from 0 to below 0.5, got {smoothing_reach_voxels}")
     if smoothing_iterations < 0:
         raise ValueError(f"smoothing_iterations must be 0 or more, got {smoothing_iterations}")
     present = labels_of(volume)
@@ -57,9 +61,14 @@ def label_surfaces(
     if not wanted:
         return {}
 
-    cropped, origin = _padded_box_of(volume.data, wanted if labels is not None else None)
+    cropped, origin = _padded_box_of(volume.data)
     compact, values = _compact(cropped)
-    points, faces, sides = _surface_nets(compact, len(values), smoothing_iterations, smoothing_distance_voxels)
+    points, quads, sides = _surface_nets(compact, len(values))
+    if smoothing_iterations and smoothing_reach_voxels:
+        points = fair_positions(
+            points, quads, sides, iterations=smoothing_iterations, reach=smoothing_reach_voxels
+        )
+    faces, sides = triangulate(points, quads), np.repeat(sides, 2, axis=0)
     world = (points + origin) @ volume.affine[:3, :3].T + volume.affine[:3, 3]
     mirrored = np.linalg.det(volume.affine[:3, :3]) < 0
     surfaces = _split_by_label(world, faces, sides, len(values), mirrored)
@@ -67,13 +76,13 @@ def label_surfaces(
     return {label: by_value[label] for label in wanted}
 
 
-def _padded_box_of(data: np.ndarray, wanted: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The box around the wanted labels with one voxel around it (their neighbours, or background outside the volume).
+def _padded_box_of(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The box around all labels with one voxel of background around it.
 
     Returns:
         [x, y, z] copy, and the index [3] of its first voxel in the volume.
     """
-    mask = data != 0 if wanted is None else np.isin(data, wanted)
+    mask = data != 0
     low, high = np.zeros(3, dtype=np.int64), np.array(data.shape)
     for axis in range(3):
         used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
@@ -96,13 +105,11 @@ def _compact(data: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return compact, [int(v) for v in values]
 
 
-def _surface_nets(
-    data: np.ndarray, label_count: int, iterations: int, distance: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All boundaries between different labels of a padded volume.
+def _surface_nets(data: np.ndarray, label_count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All boundaries between different labels of a padded volume, as quads with vertices at cell centres.
 
     Returns:
-        points [V, 3] float64 in voxel index space; faces [F, 3] int64; sides [F, 2] int64, the two labels that a face
+        points [V, 3] float64 in voxel index space; quads [Q, 4] int64; sides [Q, 2] int64, the two labels that a quad
         parts, 0 for background.
     """
     import vtk
@@ -110,27 +117,22 @@ def _surface_nets(
 
     image = vtk.vtkImageData()
     image.SetDimensions(*data.shape)
-    scalars = numpy_to_vtk(np.ascontiguousarray(data.transpose(2, 1, 0)).reshape(-1), deep=0)
-    image.GetPointData().SetScalars(scalars)
+    # VTK's first axis is the fastest one; it borrows this memory
+    flat = np.ascontiguousarray(data.transpose(2, 1, 0)).reshape(-1)
+    image.GetPointData().SetScalars(numpy_to_vtk(flat, deep=0))
     nets = vtk.vtkSurfaceNets3D()
     nets.SetInputData(image)
     nets.SetBackgroundLabel(0)
     nets.GenerateLabels(label_count, 1, label_count)
     nets.SetOutputStyleToDefault()
-    nets.SetOutputMeshTypeToTriangles()
-    nets.SetTriangulationStrategyToMinEdge()
-    nets.SetSmoothing(iterations > 0 and distance > 0)
-    nets.AutomaticSmoothingConstraintsOff()
-    nets.SetNumberOfIterations(max(iterations, 1))
-    nets.SetRelaxationFactor(0.5)
-    nets.SetConstraintStrategyToConstraintDistance()
-    nets.SetConstraintDistance(distance)
+    nets.SetOutputMeshTypeToQuads()
+    nets.SmoothingOff()
     nets.Update()
     mesh = nets.GetOutput()
     points = vtk_to_numpy(mesh.GetPoints().GetData()).astype(np.float64)
-    faces = vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).astype(np.int64).reshape(-1, 3)
+    quads = vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).astype(np.int64).reshape(-1, 4)
     sides = vtk_to_numpy(mesh.GetCellData().GetArray("BoundaryLabels")).astype(np.int64).reshape(-1, 2)
-    return points, faces, sides
+    return points, quads, sides
 
 
 def _split_by_label(
@@ -138,8 +140,8 @@ def _split_by_label(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each label's closed surface, faces turned so that its normals point away from it.
 
-    A face belongs to the label on either side of it; its vertex order makes its normal point to the second one... of
-    `sides`, which for the label on that second side means inward.
+    A face belongs to the labels on both of its sides; as SurfaceNets orders it, it points away from the first of
+    `sides`, and is turned for the second.
     """
     row = np.concatenate([np.arange(len(faces)), np.arange(len(faces))])
     owner = np.concatenate([sides[:, 0], sides[:, 1]])

@@ -1,0 +1,187 @@
+"""Fairing of a SurfaceNets mesh under constraints: the smoothest surface that keeps every voxel centre on its side."""
+
+from __future__ import annotations
+
+import numpy as np
+
+SHRINKAGE_AVERAGES = 40
+"""Rounds of averaging over neighbours that tell shrinkage of a whole neighbourhood from the smoothing of stairs."""
+ALLOWED_SHRINKAGE_VOXELS = 0.1
+"""What a neighbourhood may move as a whole; more is taken back. A single voxel keeps two thirds of its volume."""
+
+
+def fair_positions(
+    points: np.ndarray, quads: np.ndarray, sides: np.ndarray, *, iterations: int, reach: float
+) -> np.ndarray:
+    """Vertices moved inside their cells to the smallest bending energy.
+
+    Minimises the sum of |L x|^2 (thin plate, umbrella Laplacian L) subject to |x - cell centre| <= reach along each
+    axis, by accelerated projected gradient (Beck and Teboulle 2009, with the restart of O'Donoghue and Candes 2015).
+    Tension (a Laplacian energy) would shrink the shape and fold it along the constraints; bending does not.
+
+    Where three or more sheets meet, a vertex is faired along the curve of the junction only, and the sheets end
+    there freely: a crease that labels must have then stays on the junction and does not bend the sheets beside it.
+
+    Bending energy too is least for a shape of no size, so thin and tiny structures would vanish within the boxes. The
+    local mean of the displacement along the normal is therefore limited at the end: stairs move to and fro around
+    their surface and keep their smoothing, while what moved inward as a whole grows back.
+
+    Args:
+        points: [V, 3] float64, cell centres in voxel index space; quads: [Q, 4] int64; sides: [Q, 2] int64, the labels
+            on both sides of a quad.
+        iterations: gradient steps; 30 are close to the minimum.
+        reach: half the side of a vertex's box in voxels; below 0.5 no voxel centre changes sides.
+
+    Returns:
+        [V, 3] float64.
+    """
+    laplacian, transposed, junction = _sheet_laplacian(quads, len(points))
+    origin = points.astype(np.float32)
+    step = np.float32(1 / (1.1 * _largest_eigenvalue(laplacian, transposed)))
+    # work with offsets from the cell centres: float32 then has digits to spare in a volume of any size
+    constant = transposed @ (laplacian @ origin)
+    x = np.zeros_like(origin)
+    y, momentum = x, 1.0
+    for _ in range(iterations):
+        gradient = transposed @ (laplacian @ y) + constant
+        following = np.clip(y - step * gradient, -reach, reach)
+        change = following - x
+        if np.vdot(y - following, change) > 0:
+            momentum = 1.0
+        faster = (1 + np.sqrt(1 + 4 * momentum * momentum)) / 2
+        y = following + np.float32((momentum - 1) / faster) * change
+        x, momentum = following, faster
+    x = np.clip(x - _shrinkage(x, points, quads, sides, laplacian, junction), -reach, reach)
+    return points + x
+
+
+def _shrinkage(
+    moved: np.ndarray, points: np.ndarray, quads: np.ndarray, sides: np.ndarray, laplacian: object, junction: np.ndarray
+) -> np.ndarray:
+    """What to take back of displacements `moved` [V, 3]: their local mean along the stairs' normals, so far as it is
+    above ALLOWED_SHRINKAGE_VOXELS; [V, 3] float32."""
+    a, b, c, d = (points[quads[:, i]].astype(np.float32) for i in range(4))
+    normal = np.cross(c - a, d - b)
+    normal[sides[:, 0] > sides[:, 1]] *= -1  # one orientation per sheet
+    at_vertex = np.stack(
+        [np.bincount(quads.reshape(-1), weights=np.repeat(normal[:, i], 4), minlength=len(points)) for i in range(3)],
+        axis=1,
+    ).astype(np.float32)
+    length = np.linalg.norm(at_vertex, axis=1)
+    known = ((length > 1e-3) & ~junction).astype(np.float32)
+    at_vertex *= (known / np.maximum(length, 1e-3))[:, None]
+    known = known[:, None]
+    sums = np.concatenate([np.einsum("vi,vi->v", moved, at_vertex)[:, None], known], axis=1)
+    for _ in range(SHRINKAGE_AVERAGES):
+        # half the vertex, half the mean of its neighbours; vertices without a normal have no say
+        sums = known * (sums - 0.5 * (laplacian @ sums))  # type: ignore[operator]
+    mean = sums[:, 0] / np.maximum(sums[:, 1], 1e-6)
+    excess = np.sign(mean) * np.maximum(np.abs(mean) - ALLOWED_SHRINKAGE_VOXELS, 0)
+    return excess[:, None] * at_vertex
+
+
+def _sheet_laplacian(quads: np.ndarray, count: int) -> tuple:
+    """The umbrella Laplacian (identity minus mean of neighbours) as CSR [V, V] float32, its transpose, and which
+    vertices lie on a junction ([V] bool); rows of those see their neighbours along the junction only.
+    """
+    from scipy import sparse
+
+    sides = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    keys = np.concatenate(
+        [np.minimum(quads[:, a], quads[:, b]) * count + np.maximum(quads[:, a], quads[:, b]) for a, b in sides]
+    )
+    keys.sort()
+    first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    uses = np.diff(np.r_[first, len(keys)])
+    a, b = np.divmod(keys[first], count)
+    on_junction = uses > 2
+    junction = np.zeros(count, dtype=bool)
+    junction[a[on_junction]] = True
+    junction[b[on_junction]] = True
+    row, column = np.concatenate([a, b]), np.concatenate([b, a])
+    keep = ~junction[row] | np.tile(on_junction, 2)
+    row, column = row[keep], column[keep]
+    degree = np.bincount(row, minlength=count)
+    weight = (-1.0 / degree[row]).astype(np.float32)
+    diagonal = np.flatnonzero(degree)
+    laplacian = sparse.csr_matrix(
+        (
+            np.concatenate([weight, np.ones(len(diagonal), np.float32)]),
+            (np.concatenate([row, diagonal]), np.concatenate([column, diagonal])),
+        ),
+        shape=(count, count),
+    )
+    return laplacian, laplacian.T.tocsr(), junction
+
+
+def _largest_eigenvalue(laplacian: object, transposed: object) -> float:
+    """Of L^T L, by power iteration from a fixed start."""
+    vector = np.random.default_rng(0).standard_normal((laplacian.shape[1], 1)).astype(np.float32)  # type: ignore[attr-defined]
+    size = 1.0
+    for _ in range(10):
+        vector = transposed @ (laplacian @ vector)
+        size = float(np.linalg.norm(vector))
+        vector /= max(size, 1e-30)
+    return max(size, 1e-6)
+
+
+def triangulate(points: np.ndarray, quads: np.ndarray, *, sweeps: int = 4) -> np.ndarray:
+    """Each quad cut along the diagonal that folds the surface least, its neighbours taken into account.
+
+    Args:
+        points: [V, 3] float64; quads: [Q, 4] int64.
+        sweeps: how often the choices are revised; in each, a fixed random half of the quads may change.
+
+    Returns:
+        [2 Q, 3] int64, the two triangles of a quad one after the other, oriented as the quad.
+    """
+    cuts = (((0, 1, 2), (0, 2, 3)), ((0, 1, 3), (1, 2, 3)))
+    beside = ((0, 0, 1, 1), (0, 1, 1, 0))  # which triangle of each cut holds the quad's side 0-1, 1-2, 2-3, 3-0
+    p = points.astype(np.float32)[quads]
+    p = p - p[:, :1]  # float32 normals need small numbers
+    normals = np.empty((len(quads), 2, 2, 3), dtype=np.float32)
+    for cut, triangles in enumerate(cuts):
+        for i, (a, b, c) in enumerate(triangles):
+            n = np.cross(p[:, b] - p[:, a], p[:, c] - p[:, a])
+            normals[:, cut, i] = n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-12)
+    at_side = np.stack([normals[:, cut, list(beside[cut])] for cut in (0, 1)], axis=1)  # [Q, cut, side, 3]
+    own_fold = _fold(normals[:, :, 0], normals[:, :, 1])
+    choice = own_fold[:, 1] < own_fold[:, 0]
+    quad, side = _neighbours(quads, len(points))
+    has_neighbour = quad >= 0
+    everyone = np.arange(len(quads))
+    random = np.random.default_rng(0)
+    for _ in range(sweeps):
+        current = at_side[everyone, choice.astype(np.int64)]
+        across = current[quad, side]
+        cost = [
+            own_fold[:, cut] + (_fold(at_side[:, cut], across) * has_neighbour).sum(axis=1) for cut in (0, 1)
+        ]
+        better = cost[1] < cost[0]
+        choice = np.where(random.random(len(quads)) < 0.5, better, choice)
+    table = np.array(cuts)[choice.astype(np.int64)]  # [Q, 2, 3]
+    return np.take_along_axis(quads, table.reshape(len(quads), 6), axis=1).reshape(-1, 3)
+
+
+def _fold(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cost of the angle between unit normals, growing as its fourth power: a few sharp edges are what is seen."""
+    return (1 - np.einsum("...i,...i->...", first, second)) ** 2
+
+
+def _neighbours(quads: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Across each side of each quad: the other quad [Q, 4] and its side [Q, 4]; -1 where there is not exactly one."""
+    n = len(quads)
+    a = np.concatenate([quads[:, i] for i in range(4)])
+    b = np.concatenate([quads[:, (i + 1) % 4] for i in range(4)])
+    keys = np.minimum(a, b) * count + np.maximum(a, b)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    uses = np.diff(np.r_[first, len(ordered)])
+    pairs = first[uses == 2]
+    one, two = order[pairs], order[pairs + 1]
+    quad = np.full(4 * n, -1, dtype=np.int64)
+    side = np.full(4 * n, -1, dtype=np.int64)
+    quad[one], quad[two] = two % n, one % n
+    side[one], side[two] = two // n, one // n
+    return quad.reshape(4, n).T, side.reshape(4, n).T
