@@ -7,7 +7,7 @@ import torch
 from sparse_batches import random_pyramid
 from torch.nn import functional as F
 
-from trellis.modules.sparse.conv import cpu, functional, reference
+from trellis.modules.sparse.conv import cpu, dense, functional, reference
 from trellis.modules.sparse.conv.collapse import collapse_weight
 
 SIZES = [([5, 0, 9], 3, 5), ([1], 1, 2), ([], 4, 4), ([27], 7, 1)]
@@ -49,34 +49,37 @@ def test_impulse_moves_to_the_right_voxel():
         assert out[i] == (feats[source] if source is not None else 0)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
 @pytest.mark.parametrize("blocks, c_in, c_out", SIZES)
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_convolution_and_gradients_against_reference(blocks, c_in, c_out, level, monkeypatch):
+def test_convolution_and_gradients_against_reference(blocks, c_in, c_out, level, backend, monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK_BYTES", 1)  # many chunks
     grid = random_pyramid(blocks, seed=level).grids[level]
     check_gradients(
-        lambda x, w, b: functional.submanifold_conv3d(x, w, b, grid),
+        lambda x, w, b: functional.submanifold_conv3d(x, w, b, grid, backend=backend),
         lambda x, w, b: reference.submanifold_conv3d(x, w, b, grid.neighbours),
         [(grid.num_rows, c_in), (27, c_in, c_out), (c_out,)],
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
 @pytest.mark.parametrize("blocks, c_in, c_out", SIZES)
 @pytest.mark.parametrize("side", [1, 2])
-def test_subdivide_convolution_and_gradients_against_reference(blocks, c_in, c_out, side):
+def test_subdivide_convolution_and_gradients_against_reference(blocks, c_in, c_out, side, backend):
     grid = random_pyramid(blocks).topology.dense_grid(side)
     check_gradients(
-        lambda x, w, b: functional.subdivide_conv3d(x, w, b, grid),
+        lambda x, w, b: functional.subdivide_conv3d(x, w, b, grid, backend=backend),
         lambda x, w, b: reference.subdivide_conv3d(x, w, b, grid.neighbours),
         [(grid.num_rows, c_in), (27, c_in, c_out), (c_out,)],
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
 @pytest.mark.parametrize("blocks, c_in, c_out", SIZES)
-def test_last_stage_and_gradients_against_reference(blocks, c_in, c_out):
+def test_last_stage_and_gradients_against_reference(blocks, c_in, c_out, backend):
     grid = random_pyramid(blocks).topology.dense_grid(2)
     check_gradients(
-        lambda *a: functional.subdivide_conv_to_scalar(*a, grid),
+        lambda *a: functional.subdivide_conv_to_scalar(*a, grid, backend=backend),
         lambda *a: reference.subdivide_conv_to_scalar(*a, grid.neighbours).view(-1, 8),
         [(grid.num_rows, c_in), (27, c_in, c_out), (c_out,), (1, c_out), (1,)],
     )
@@ -112,6 +115,14 @@ def test_collapsed_weight_keeps_the_sum_of_all_taps():
         torch.testing.assert_close(child.sum(0), weight.sum(0))
 
 
+def test_auto_takes_the_dense_form_only_where_blocks_fill_their_box():
+    full = random_pyramid([60], density=0.5).grids[1]
+    scattered = random_pyramid([60], extent=16, density=0.5).grids[1]
+    feats = torch.zeros(full.num_rows, 4), torch.zeros(scattered.num_rows, 4)
+    assert dense.is_worthwhile(feats[0], 4, full) and not dense.is_worthwhile(feats[1], 4, scattered)
+    assert not dense.is_worthwhile(feats[0].bfloat16(), 4, full)
+
+
 def test_large_levels_compute_their_table_in_parts(monkeypatch):
     from trellis.modules.sparse import levels
 
@@ -135,4 +146,4 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="backend must be one of"):
         functional.submanifold_conv3d(feats, weight, None, grid, backend="cudnn")
     with pytest.raises(ValueError, match="triton"):
-        functional.submanifold_conv3d(feats, weight, None, grid, backend="triton")
+        functional.submanifold_conv3d(feats.double(), weight.double(), None, grid, backend="triton")

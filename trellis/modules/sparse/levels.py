@@ -8,6 +8,7 @@ found through one [M, 27] table of blocks plus arithmetic, without a hash table.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Topology:
         self._starts: Tensor | None = None
         self._windows: dict[tuple[int, int], WindowPlan] = {}
         self._grids: dict[int, Grid] = {}
+        self._box: tuple[list[int], list[int]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +78,14 @@ class Topology:
             samples = torch.arange(self.num_samples + 1, dtype=torch.int32, device=self.device)
             self._starts = torch.searchsorted(self.coords[:, 0].contiguous(), samples)
         return self._starts
+
+    @property
+    def box(self) -> tuple[list[int], list[int]]:
+        """Lowest and highest block coordinates (x, y, z) of the batch; zeros without any block."""
+        if self._box is None:
+            xyz = self.coords[:, 1:] if self.num_blocks else self.coords.new_zeros(1, 3)
+            self._box = xyz.amin(0).tolist(), xyz.amax(0).tolist()
+        return self._box
 
     def dense_grid(self, side: int) -> Grid:
         """The level on which all side^3 voxels below every block exist."""
@@ -112,6 +122,7 @@ class Grid:
         self._row_of: Tensor | None = None
         self._slots: Tensor | None = None
         self._offsets: Tensor | None = None
+        self.dense_plan: Any = None  # filled and read by conv/dense.py
         self._starts: Tensor | None = None
         self._tap_table: Tensor | None = None
         self._child_starts: Tensor | None = None
