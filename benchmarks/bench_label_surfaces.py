@@ -1,6 +1,6 @@
 """Quality of surfaces made from a label volume: Dice and volume when voxelised again, smoothness, signed distance.
 
-    python benchmarks/bench_label_surfaces.py VOLUME [--reach 0.49] [--iterations 30] [--json OUT]
+    python benchmarks/bench_label_surfaces.py VOLUME [--reach 0.499] [--iterations 30] [--json OUT]
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def measure(volume: LabelVolume, *, reach: float, iterations: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("volume", type=Path)
-    parser.add_argument("--reach", type=float, nargs="+", default=[0.49])
+    parser.add_argument("--reach", type=float, nargs="+", default=[0.499])
     parser.add_argument("--iterations", type=int, nargs="+", default=[30])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

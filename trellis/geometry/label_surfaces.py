@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trellis.geometry.volume import LabelVolume
 
 SMOOTHING_ITERATIONS = 30
-SMOOTHING_REACH_VOXELS = 0.49
+SMOOTHING_REACH_VOXELS = 0.499
 """How far a vertex may move from the centre of its cell along each axis; below 0.5 no voxel centre changes sides."""
 
 
