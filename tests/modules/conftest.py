@@ -1,11 +1,16 @@
-"""NaN in uninitialised memory."""
+"""NaN in uninitialised memory; Triton kernels interpreted on CPU tensors where there is no CUDA device."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # read by Triton when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

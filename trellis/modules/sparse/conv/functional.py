@@ -1,34 +1,58 @@
 """Sparse convolutions with gradients: validation, the choice of a backend, and autograd.
 
-Backends: "reference" (slow oracle), "cpu" (gather + GEMM in chunks, plain torch), "triton" (CUDA kernels).
-"auto" takes "triton" for CUDA tensors where Triton is installed and "cpu" otherwise. A backend asked for by name that
+Backends: "reference" (slow oracle), "cpu" (gather + GEMM in chunks, plain torch), "dense" (the batch's bounding box,
+plain torch), "triton" (CUDA kernels). "auto" takes "triton" for CUDA tensors where Triton is installed; otherwise
+"dense" on a CPU where blocks fill their box well enough, and else "cpu". A backend asked for by name that
 cannot run is an error, never a fallback.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trellis.modules.sparse.conv import cpu, reference
+from trellis.modules.sparse.conv import cpu, dense, reference
 from trellis.modules.sparse.conv.collapse import collapse_weight
+from trellis.modules.sparse.kernels.support import KERNEL_DTYPES, has_kernels, interpreted, triton_installed
 from trellis.modules.sparse.levels import Grid
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "dense", "triton")
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that will run for tensors on `device`; ValueError for an unknown or unusable one."""
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that will run for tensors of `dtype` on `device`; ValueError for an unknown or unusable one."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        return "cpu"
+        return "triton" if has_kernels(device, dtype) else "cpu"
     if backend == "triton":
-        raise ValueError("backend 'triton' is not available in this version; use 'auto' or 'cpu'")
+        if not triton_installed():
+            raise ValueError("backend 'triton' needs the package triton, which is not installed; use 'auto' or 'cpu'")
+        if device.type != "cuda" and not interpreted():
+            raise ValueError(f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {device.type} tensors")
+        if dtype not in KERNEL_DTYPES:
+            raise ValueError(f"backend 'triton' takes float16, bfloat16 and float32, got {dtype}")
     return backend
+
+
+def _choose(backend: str, feats: Tensor, weight: Tensor, grid: Grid) -> str:
+    resolved = resolve_backend(backend, feats.device, feats.dtype)
+    if backend == "auto" and resolved == "cpu" and dense.is_worthwhile(feats, weight.shape[2], grid):
+        return "dense"
+    return resolved
+
+
+def _implementation(backend: str) -> ModuleType:
+    """The module with the functions of `cpu.py` for a resolved backend."""
+    if backend == "triton":
+        from trellis.modules.sparse.conv import triton
+
+        return triton
+    return cpu
 
 
 def _check(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> None:
@@ -42,10 +66,10 @@ def _check(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> No
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+    def forward(ctx: Any, feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType) -> Tensor:
         ctx.save_for_backward(feats, weight)
-        ctx.grid = grid
-        return cpu.conv_forward(feats, weight, bias, grid)
+        ctx.grid, ctx.code = grid, code
+        return code.conv_forward(feats, weight, bias, grid)
 
     @staticmethod
     @once_differentiable
@@ -53,16 +77,18 @@ class _Convolution(torch.autograd.Function):
         feats, weight = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
-        grad_input, grad_weight = cpu.conv_backward(grad, feats, weight, ctx.grid, need_input, need_weight)
-        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None
+        grad_input, grad_weight = ctx.code.conv_backward(grad, feats, weight, ctx.grid, need_input, need_weight)
+        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None, None
 
 
 class _SubdivideConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+    def forward(
+        ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType
+    ) -> Tensor:
         ctx.save_for_backward(feats, collapsed)
-        ctx.grid = grid
-        return cpu.subdivide_conv_forward(feats, collapsed, bias, grid)
+        ctx.grid, ctx.code = grid, code
+        return code.subdivide_conv_forward(feats, collapsed, bias, grid)
 
     @staticmethod
     @once_differentiable
@@ -70,27 +96,35 @@ class _SubdivideConvolution(torch.autograd.Function):
         feats, collapsed = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
-        grad_input, grad_weight = cpu.subdivide_conv_backward(
+        grad_input, grad_weight = ctx.code.subdivide_conv_backward(
             grad, feats, collapsed, ctx.grid, need_input, need_weight
         )
-        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None
+        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None, None
 
 
 class _ToScalar(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, grid: Grid
+        ctx: Any,
+        feats: Tensor,
+        collapsed: Tensor,
+        bias: Tensor,
+        out_weight: Tensor,
+        out_bias: Tensor,
+        grid: Grid,
+        code: ModuleType,
     ) -> Tensor:
-        values = cpu.to_scalar_forward(feats, collapsed, bias, out_weight, out_bias, grid)
+        values = code.to_scalar_forward(feats, collapsed, bias, out_weight, out_bias, grid)
         ctx.save_for_backward(feats, collapsed, bias, out_weight, values)
-        ctx.grid = grid
+        ctx.grid, ctx.code = grid, code
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, collapsed, bias, out_weight, values = ctx.saved_tensors
-        return *cpu.to_scalar_backward(grad, values, feats, collapsed, bias, out_weight, ctx.grid), None
+        grads = ctx.code.to_scalar_backward(grad, values, feats, collapsed, bias, out_weight, ctx.grid)
+        return *grads, None, None
 
 
 def submanifold_conv3d(
@@ -109,9 +143,12 @@ def submanifold_conv3d(
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
     _check(feats, weight, bias, grid)
-    if resolve_backend(backend, feats.device) == "reference":
+    backend = _choose(backend, feats, weight, grid)
+    if backend == "reference":
         return reference.submanifold_conv3d(feats, weight, bias, grid.neighbours)
-    return _Convolution.apply(feats, weight, bias, grid)
+    if backend == "dense":
+        return dense.submanifold_conv3d(feats, weight, bias, grid)
+    return _Convolution.apply(feats, weight, bias, grid, _implementation(backend))
 
 
 def subdivide_conv3d(
@@ -129,9 +166,12 @@ def subdivide_conv3d(
         ValueError: shapes that do not fit, a grid with missing voxels, or a backend that cannot run.
     """
     _check(feats, weight, bias, grid)
-    if resolve_backend(backend, feats.device) == "reference":
+    backend = _choose(backend, feats, weight, grid)
+    if backend == "reference":
         return reference.subdivide_conv3d(feats, weight, bias, grid.neighbours)
-    return _SubdivideConvolution.apply(feats, collapse_weight(weight), bias, grid)
+    if backend == "dense":
+        return dense.subdivide_conv3d(feats, weight, bias, grid)
+    return _SubdivideConvolution.apply(feats, collapse_weight(weight), bias, grid, _implementation(backend))
 
 
 def subdivide_conv_to_scalar(
@@ -153,7 +193,11 @@ def subdivide_conv_to_scalar(
         [N, 8] float32 (float64 for float64 input), children in the order of `subdivide_conv3d`.
     """
     _check(feats, weight, bias, grid)
-    if resolve_backend(backend, feats.device) == "reference":
+    backend = _choose(backend, feats, weight, grid)
+    if backend == "dense":
+        return dense.subdivide_conv_to_scalar(feats, weight, bias, out_weight, out_bias, grid)
+    if backend == "reference":
         values = reference.subdivide_conv_to_scalar(feats, weight, bias, out_weight, out_bias, grid.neighbours)
         return values.view(-1, 8).to(torch.promote_types(feats.dtype, torch.float32))
-    return _ToScalar.apply(feats, collapse_weight(weight), bias, out_weight, out_bias, grid)
+    code = _implementation(backend)
+    return _ToScalar.apply(feats, collapse_weight(weight), bias, out_weight, out_bias, grid, code)

@@ -1,0 +1,124 @@
+"""Convolution kernels against the reference in float64: interpreted on the CPU, and on the card with `-m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_batches import random_pyramid
+
+from trellis.modules.sparse.conv import functional, reference
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+SIZES = [([5, 0, 9], 3, 5), ([1], 1, 2), ([], 4, 4), ([27], 16, 33)]
+GPU_SIZES = [([50, 0, 61], 32, 64), ([64], 64, 64), ([30, 33], 128, 512), ([1], 512, 128), ([], 64, 64), ([40], 24, 40)]
+TOLERANCE = {"ieee": 2e-6, "tf32": 2e-3, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Of ||out - reference|| / ||reference||, inputs rounded to the dtype first: rounding of the output and of float32 sums
+(ieee), of the products' operands (tf32: 10 bits), or of gradients in between (16 bit)."""
+
+
+def move(pyramid, device):
+    from trellis.modules.sparse.levels import build_pyramid
+
+    coords, values = pyramid.topology.coords.to(device), pyramid.values.to(device)
+    active = pyramid.grids[0].occupancy.to(device)
+    return build_pyramid(coords, values, active, num_samples=pyramid.topology.num_samples)
+
+
+def relative(out, expected):
+    assert out.shape == expected.shape
+    assert torch.isfinite(out).all()
+    scale = expected.double().norm()
+    return float((out.double().cpu() - expected.double().cpu()).norm() / scale) if scale > 0 else float(out.norm())
+
+
+def compare(kernel, oracle, shapes, device, dtype, tolerance, scale=0.2):
+    """Values and gradients of all arguments, in `dtype` on `device`, against float64 on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(s, generator=generator) * (1 if i == 0 else scale) for i, s in enumerate(shapes)]
+    fast = [t.to(device, dtype).requires_grad_() for t in start]
+    exact = [t.detach().cpu().double().requires_grad_() for t in fast]
+    out, expected = kernel(*fast), oracle(*exact)
+    assert relative(out, expected) <= tolerance
+    handed = torch.randn(out.shape, generator=generator).to(device, out.dtype)
+    out.backward(handed)
+    expected.backward(handed.cpu().double())
+    for a, b, shape in zip(fast, exact, shapes):
+        assert relative(a.grad, b.grad) <= 2 * tolerance, f"gradient of the argument of shape {shape}"
+
+
+def run_all(blocks, c_in, c_out, device, dtype, tolerance):
+    pyramid = random_pyramid(blocks, seed=3)
+    moved = move(pyramid, device)
+    for level in (1, 2, 3):
+        grid, near = moved.grids[level], pyramid.grids[level].neighbours
+        compare(
+            lambda x, w, b, g=grid: functional.submanifold_conv3d(x, w, b, g, backend="triton"),
+            lambda x, w, b, n=near: reference.submanifold_conv3d(x, w, b, n),
+            [(grid.num_rows, c_in), (27, c_in, c_out), (c_out,)], device, dtype, tolerance,
+        )  # fmt: skip
+    for side in (1, 2):
+        grid, near = moved.topology.dense_grid(side), pyramid.topology.dense_grid(side).neighbours
+        compare(
+            lambda x, w, b, g=grid: functional.subdivide_conv3d(x, w, b, g, backend="triton"),
+            lambda x, w, b, n=near: reference.subdivide_conv3d(x, w, b, n),
+            [(grid.num_rows, c_in), (27, c_in, c_out), (c_out,)], device, dtype, tolerance,
+        )  # fmt: skip
+        compare(
+            lambda *a, g=grid: functional.subdivide_conv_to_scalar(*a, g, backend="triton"),
+            lambda *a, n=near: reference.subdivide_conv_to_scalar(*a, n).view(-1, 8),
+            [(grid.num_rows, c_in), (27, c_in, c_out), (c_out,), (1, c_out), (1,)], device, dtype, 2 * tolerance,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks, c_in, c_out", SIZES)
+def test_kernels_interpreted(blocks, c_in, c_out):
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a CUDA device")
+    run_all(blocks, c_in, c_out, "cpu", torch.float32, TOLERANCE["ieee"])
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_tables_equal_the_plain_ones(level):
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a CUDA device")
+    check_tables(random_pyramid([9, 0, 30], density=0.05), "cpu", level)
+
+
+def check_tables(pyramid, device, level):
+    from trellis.modules.sparse.kernels import tables
+
+    moved = move(pyramid, device)
+    torch.testing.assert_close(
+        tables.block_neighbours(moved.topology.coords).cpu(), pyramid.topology.block_neighbours, rtol=0, atol=0
+    )
+    for grid, plain in [
+        (moved.grids[level], pyramid.grids[level]),
+        (moved.topology.dense_grid(8 >> level), pyramid.topology.dense_grid(8 >> level)),
+    ]:
+        torch.testing.assert_close(grid.tap_table.t().cpu(), plain.neighbours, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["ieee", "tf32", torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("blocks, c_in, c_out", GPU_SIZES)
+@pytest.mark.gpu
+def test_kernels_on_the_card(blocks, c_in, c_out, kind, cuda_device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
+    dtype = torch.float32 if isinstance(kind, str) else kind
+    run_all(blocks, c_in, c_out, cuda_device, dtype, TOLERANCE[kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_tables_on_the_card(level, cuda_device):
+    check_tables(random_pyramid([9, 0, 30], density=0.05), cuda_device, level)
+
+
+def test_backend_that_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="CUDA tensors"):
+        functional.resolve_backend("triton", torch.device("cpu"))
+    with pytest.raises(ValueError, match="float64"):
+        functional.resolve_backend("triton", torch.device("cuda"), torch.float64)
+    assert functional.resolve_backend("auto", torch.device("cuda"), torch.float64) == "cpu"
+    assert functional.resolve_backend("auto", torch.device("cuda"), torch.float16) == "triton"

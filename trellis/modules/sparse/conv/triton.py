@@ -1,0 +1,107 @@
+"""The sparse convolutions on Triton kernels: the functions of `cpu.py`, for CUDA tensors (or the interpreter)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trellis.modules.sparse.conv.triton_gemm import CHILDREN, PARENTS, gather_gemm
+from trellis.modules.sparse.conv.triton_scalar import scalar_backward, scalar_forward
+from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
+from trellis.modules.sparse.levels import Grid
+
+SCALAR_GROUP = 4
+"""Children of the last stage whose hidden gradient is in memory at once."""
+
+
+def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+    """[N, in] -> [N, out]; weight [27, in, out]."""
+    return gather_gemm(feats.contiguous(), weight.contiguous(), bias, grid.tap_table)
+
+
+def conv_backward(
+    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `conv_forward` for feats [N, in] and weight [27, in, out]."""
+    grad, feats = grad.contiguous(), feats.contiguous()
+    grad_input = grad_weight = None
+    if need_input:
+        # m = neighbours[n, k]  <=>  n = neighbours[m, 26 - k]
+        mirrored = weight.flip(0).transpose(1, 2).contiguous()
+        grad_input = gather_gemm(grad, mirrored, None, grid.tap_table)
+    if need_weight:
+        grad_weight = gather_wgrad(feats, grad, grid.tap_table).to(weight.dtype)
+    return grad_input, grad_weight
+
+
+def subdivide_conv_forward(feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+    """[N, in] on the parents -> [8 N, out]; collapsed weights [8, 8, in, out]."""
+    return gather_gemm(feats.contiguous(), _stacked(collapsed), bias, grid.tap_table, mode=CHILDREN)
+
+
+def subdivide_conv_backward(
+    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `subdivide_conv_forward` for feats [N, in] and the collapsed weights [8, 8, in, out]."""
+    grad, feats = grad.contiguous(), feats.contiguous()
+    grad_input = grad_weight = None
+    if need_input:
+        grad_input = gather_gemm(grad, _transposed(collapsed), None, grid.tap_table, mode=PARENTS)
+    if need_weight:
+        grad_weight = gather_wgrad(feats, grad, grid.tap_table, mode=CHILDREN)
+        grad_weight = grad_weight.view(collapsed.shape).to(collapsed.dtype)
+    return grad_input, grad_weight
+
+
+def to_scalar_forward(
+    feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, grid: Grid
+) -> Tensor:
+    """tanh(Linear(SiLU(subdivide conv))) without the [8 N, out] tensor: [N, in] -> float32 [N, 8]."""
+    return scalar_forward(feats.contiguous(), _stacked(collapsed), bias, out_weight, out_bias, grid.tap_table)
+
+
+def to_scalar_backward(
+    grad: Tensor,
+    values: Tensor,
+    feats: Tensor,
+    collapsed: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    grid: Grid,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `to_scalar_forward` for feats, collapsed, bias, out_weight, out_bias.
+
+    Args:
+        grad: [N, 8] gradient of the output; values: [N, 8] the output itself.
+    """
+    grad, feats, table = grad.float().contiguous(), feats.contiguous(), grid.tap_table
+    stacked, transposed = _stacked(collapsed), _transposed(collapsed)
+    grad_input = None
+    weights, biases, readouts = [], [], []
+    for child in range(0, 8, SCALAR_GROUP):
+        where = {"first_child": child, "group": SCALAR_GROUP}
+        hidden, grad_bias, grad_out = scalar_backward(grad, values, feats, stacked, bias, out_weight, table, **where)
+        weights.append(gather_wgrad(feats, hidden, table, mode=CHILDREN, **where))
+        grad_input = gather_gemm(hidden, transposed, None, table, mode=PARENTS, out=grad_input, **where)
+        biases.append(grad_bias)
+        readouts.append(grad_out)
+    assert grad_input is not None
+    # sum of grad (1 - v^2) without a tensor of the terms in between
+    grad_out_bias = grad.sum() - torch.dot(grad.view(-1), values.square().view(-1))
+    return (
+        grad_input,
+        torch.cat(weights).view(collapsed.shape).to(collapsed.dtype),
+        torch.stack(biases).sum(0).to(bias.dtype),
+        torch.stack(readouts).sum(0)[None].to(out_weight.dtype),
+        grad_out_bias.view(1).to(out_weight.dtype),
+    )
+
+
+def _stacked(collapsed: Tensor) -> Tensor:
+    """[8, 8, in, out] -> [64, in, out]."""
+    return collapsed.reshape(64, *collapsed.shape[2:]).contiguous()
+
+
+def _transposed(collapsed: Tensor) -> Tensor:
+    """[8, 8, in, out] -> [64, out, in]."""
+    return _stacked(collapsed).transpose(1, 2).contiguous()
