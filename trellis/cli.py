@@ -282,6 +282,7 @@ def evaluate(
     resolution: Resolution = None,
     baseline: Annotated[str | None, typer.Option(help="tsdf: score the TSDF itself; CKPT is not needed")] = None,
     workers: Annotated[int, typer.Option(help="processes that compute metrics")] = 1,
+    worst: Annotated[int, typer.Option(help="shapes that report.html shows pictures of, the worst first")] = 6,
     device: Device = None,
     no_ema: NoEma = False,
     debug: Debug = False,
@@ -299,8 +300,9 @@ def evaluate(
         tokenizer = SparseSDFTokenizer.from_pretrained(inputs[0], device=device, ema=not no_ema)
     with progress_on_stderr("evaluating") as progress:
         summary = evaluate_dataset(
-            tokenizer, inputs[-1], out, split=split.value, resolution=resolution, workers=workers, progress=progress
-        )
+            tokenizer, inputs[-1], out, split=split.value, resolution=resolution, workers=workers, worst=worst,
+            progress=progress,
+        )  # fmt: skip
     print(table(summary))
     print(f"{out}: metrics.csv, summary.json, report.html")
     return EXIT_FAILED if summary["n_failed"] else EXIT_DONE

@@ -33,7 +33,8 @@ def dataset(tmp_path):
         write_mesh(folder / "meshes" / f"{sha}.ply", *extract_mesh(ellipsoid_blocks(64, axes=axes)), mesh_space="RAS")
         count = int(np.count_nonzero(blocks.active))
         split = "train" if name == "e" else "test"
-        rows.append([sha, blocks.label, "p1" if name in "ac" else "p2", split, "", count])
+        patient = {"a": "p1", "c": "p1", "e": "p3"}.get(name, "p2")
+        rows.append([sha, blocks.label, patient, split, "", count])
     with open(folder / "metadata.csv", "w", newline="") as stream:
         csv.writer(stream).writerows(rows)
     return folder
@@ -47,7 +48,7 @@ def read_csv(path):
 def test_scores_files_and_table(tokenizer, dataset, tmp_path):
     steps = []
     summary = evaluate_dataset(
-        tokenizer, dataset, tmp_path / "eval", num_samples=2000, progress=lambda *step: steps.append(step)
+        tokenizer, dataset, tmp_path / "eval", num_samples=2000, worst=1, progress=lambda *step: steps.append(step)
     )
     rows = read_csv(tmp_path / "eval" / "metrics.csv")
     assert [row["sha256"][0] for row in rows] == ["a", "b", "c", "d"]
@@ -68,20 +69,21 @@ def test_scores_files_and_table(tokenizer, dataset, tmp_path):
     assert 1 < summary["codes_used"] <= 32 and 1 < summary["perplexity"] <= summary["codes_used"]
     assert float(rows[0]["bits_ids"]) == 5 * int(rows[0]["num_blocks"])
     assert steps[-1] == (4, 4)
+    assert (tmp_path / "eval" / "report.html").read_text().count("data:image/png") == 4
     text = table(summary)
     assert "liver" in text and "codes used" in text and f"{summary['ceiling']['dice']['mean']:.4g}" in text
 
 
 def test_baseline_scores_the_tsdf_itself(dataset, tmp_path):
-    summary = evaluate_dataset(None, dataset, tmp_path / "eval", num_samples=2000)
+    summary = evaluate_dataset(None, dataset, tmp_path / "eval", num_samples=2000, worst=0)
     assert summary["dice"]["mean"] == summary["ceiling"]["dice"]["mean"] > 0.98
     assert summary["codes_used"] is None and summary["baseline"] == "tsdf" and summary["model_hash"] is None
     assert "codes" not in table(summary)
 
 
 def test_several_processes_give_the_same_rows(tokenizer, dataset, tmp_path):
-    one = evaluate_dataset(tokenizer, dataset, tmp_path / "one", num_samples=500)
-    two = evaluate_dataset(tokenizer, dataset, tmp_path / "two", num_samples=500, workers=2)
+    one = evaluate_dataset(tokenizer, dataset, tmp_path / "one", num_samples=500, worst=0)
+    two = evaluate_dataset(tokenizer, dataset, tmp_path / "two", num_samples=500, workers=2, worst=0)
     assert one == two
     assert (tmp_path / "one" / "metrics.csv").read_bytes() == (tmp_path / "two" / "metrics.csv").read_bytes()
 
@@ -118,7 +120,7 @@ def test_broken_shape_is_counted_and_named(tokenizer, dataset, tmp_path):
     broken.write_bytes(broken.read_bytes()[:500])
     truth = dataset / "meshes" / f"{'c' * 64}.ply"
     truth.write_bytes(b"ply nonsense")
-    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500)
+    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500, worst=0)
     assert summary["n"] == 4 and summary["n_failed"] == 2 and summary["dice"]["n"] == 4
     assert summary["dice"]["p05"] == 0 and summary["hd95_mm"]["n"] == 2
     rows = {row["sha256"][0]: row for row in read_csv(tmp_path / "eval" / "metrics.csv")}
@@ -131,7 +133,7 @@ def test_broken_shape_is_counted_and_named(tokenizer, dataset, tmp_path):
 def test_all_broken_gives_tables_without_nan(tokenizer, dataset, tmp_path):
     for path in (dataset / "sparse_sdf").glob("*.npz"):
         path.write_bytes(b"PK")
-    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500)
+    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500, worst=0)
     assert summary["n_failed"] == 4 and summary["dice"]["mean"] == 0 and "hd95_mm" not in summary
     assert "NaN" not in (tmp_path / "eval" / "summary.json").read_text()
     table(summary)

@@ -14,7 +14,8 @@ import numpy as np
 
 from trellis.geometry.metrics_summary import bits_per_shape, summarise, summarise_by
 from trellis.pipelines.batch import HANDLED, Failure, Progress, one_line, write_errors
-from trellis.pipelines.scoring import TSDF_SUFFIX, Pair, score_pairs
+from trellis.pipelines.report import Case, worst_rows, write_report
+from trellis.pipelines.scoring import TSDF_SUFFIX, Pair, score_pairs, true_surface
 from trellis.pipelines.tokenizer import SparseSDFTokenizer
 from trellis.utils.io_utils import atomic_write, load_sparse_sdf, write_json
 
@@ -35,7 +36,7 @@ def evaluate_dataset(
     resolution: int | None = None,
     workers: int = 1,
     num_samples: int = 100_000,
-    report: bool = True,
+    worst: int = 6,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Encode, decode and score every shape of a split; write metrics.csv, summary.json and report.html.
@@ -50,7 +51,7 @@ def evaluate_dataset(
         data: a prepared folder. split: "train", "val", "test" or "all".
         resolution: of the prepared files; default: what the model was trained at, else the only one there.
         workers: processes that compute metrics.
-        num_samples: points on each surface, see `evaluate_pair`.
+        num_samples: points on each surface, see `evaluate_pair`. worst: shapes that report.html has pictures of.
 
     Returns:
         What stands in summary.json: n, n_failed, dice {mean, median, p05, p95}, dice_blocks, hd95_mm, assd_mm and more,
@@ -103,7 +104,18 @@ def evaluate_dataset(
     write_rows(out / METRICS_NAME, rows)
     write_errors(out, failures)
     write_json(out / SUMMARY_NAME, summary)
+    items = {item.sha256: item for item in dataset.items}
+    shown = worst_rows(rows, worst)
+    # Decoded once more: keeping the meshes of a whole split would take memory in proportion to it.
+    cases = [_case(row, _reconstruct(tokenizer, items[row["sha256"]], data, codes)) for row in shown]
+    write_report(out / REPORT_NAME, summary, rows, cases)
     return summary
+
+
+def _case(row: dict[str, Any], pair: Pair) -> Case:
+    from trellis.geometry.isosurface import extract_mesh
+
+    return Case(row, true_surface(pair), extract_mesh(pair.decoded or pair.blocks))
 
 
 def _reconstruct(tokenizer: SparseSDFTokenizer | None, item: Any, data: Path, codes: CodeCounts) -> Pair:

@@ -61,14 +61,10 @@ def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
     """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name."""
     from trellis.geometry.isosurface import extract_mesh
     from trellis.geometry.metrics import dice_blocks, evaluate_pair
-    from trellis.utils.mesh_utils import read_mesh
 
     blocks = pair.blocks
     tsdf = extract_mesh(blocks)
-    truth = tsdf
-    if pair.truth is not None:
-        mesh = read_mesh(pair.truth, mesh_space="RAS")
-        truth = (mesh.vertices, mesh.faces)
+    truth = tsdf if pair.truth is None else true_surface(pair)
     frame = np.eye(4) if blocks.to_world is None else blocks.to_world
     options = {"to_world": frame, "num_samples": num_samples}
     ceiling = evaluate_pair(tsdf, truth, blocks.resolution, **options)
@@ -83,3 +79,14 @@ def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
     if blocks.to_world is None:  # grid units are no millimetres
         row = {name: None if "_mm" in name or "_ml" in name or "nsd_" in name else v for name, v in row.items()}
     return row
+
+
+def true_surface(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """The surface that the shape was made from: vertices [V, 3] RAS mm, faces [F, 3]; else that of its TSDF."""
+    from trellis.geometry.isosurface import extract_mesh
+    from trellis.utils.mesh_utils import read_mesh
+
+    if pair.truth is None:
+        return extract_mesh(pair.blocks)
+    mesh = read_mesh(pair.truth, mesh_space="RAS")
+    return mesh.vertices, mesh.faces

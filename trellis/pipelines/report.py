@@ -1,0 +1,270 @@
+"""report.html: one self-contained page of an evaluation, with the worst cases as pictures coloured by distance."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trellis.utils.io_utils import atomic_write
+
+Mesh = tuple[np.ndarray, np.ndarray]
+COLUMNS = (
+    ("label", "label", ""), ("sha256", "shape", ""), ("patient_id", "patient", ""), ("dice", "Dice", ".4f"),
+    ("dice_tsdf", "Dice of TSDF", ".4f"), ("dice_blocks", "Dice in blocks", ".4f"), ("hd95_mm", "HD95 mm", ".3f"),
+    ("hd95_mm_tsdf", "HD95 of TSDF", ".3f"), ("assd_mm", "ASSD mm", ".3f"), ("nsd_1mm", "NSD 1 mm", ".4f"),
+    ("volume_error_fraction", "volume error", "+.2%"), ("num_blocks", "tokens", ".0f"),
+    ("bits_per_block", "bits/token", ".2f"),
+)  # fmt: skip
+"""Column of metrics.csv, its title, and its number format."""
+METRICS = (
+    ("dice", "Dice", ".4f"), ("iou", "IoU", ".4f"), ("dice_blocks", "Dice in the blocks", ".4f"),
+    ("hd_mm", "HD, mm", ".3f"), ("hd95_mm", "HD95, mm", ".3f"), ("assd_mm", "ASSD, mm", ".3f"),
+    ("hd95_voxels", "HD95, voxels", ".3f"), ("assd_voxels", "ASSD, voxels", ".3f"),
+    ("chamfer_mm", "Chamfer, mm", ".3f"), ("nsd_1mm", "NSD at 1 mm", ".4f"), ("nsd_2mm", "NSD at 2 mm", ".4f"),
+    ("f_score_1voxel", "F-score at 1 voxel", ".4f"), ("normal_consistency", "normal consistency", ".4f"),
+    ("volume_error_fraction", "volume error", "+.2%"), ("euler_match", "same Euler characteristic", ".1%"),
+    ("bits", "bits per shape, positions included", ".0f"),
+)  # fmt: skip
+PICTURE_SIZE = 300
+
+_STYLE = """
+:root{color-scheme:light dark;--line:#8885;--soft:#8881;--accent:#2a6fdb}
+body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;padding:1.5rem}
+h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .6rem}
+p{margin:.4rem 0}.facts{color:#888;margin-bottom:1rem}
+.tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}
+.tile{border:1px solid var(--line);border-radius:8px;padding:.6rem 1rem;min-width:8.5rem}
+.tile b{display:block;font-size:1.5rem;font-variant-numeric:tabular-nums}.tile small{color:#888}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
+th,td{padding:.28rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th.t,td.t{text-align:left}thead th{position:sticky;top:0;background:Canvas}
+table.sort th{cursor:pointer}table.sort th:hover{color:var(--accent)}
+th[aria-sort=ascending]::after{content:" \\25B2"}th[aria-sort=descending]::after{content:" \\25BC"}
+tr.bad td{color:#c33}tbody tr:hover{background:var(--soft)}
+.case{border:1px solid var(--line);border-radius:8px;padding:.7rem 1rem;margin:.8rem 0}
+.case .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:.6rem}figure{margin:.4rem 0 0}
+figure img{width:100%;border-radius:4px;display:block}figcaption{font-size:.85rem;color:#888}
+.bar{display:inline-block;width:220px;height:12px;vertical-align:middle;border-radius:3px}
+code{font-size:.85em}input{font:inherit;padding:.2rem .5rem;margin:.3rem 0}
+"""
+_SCRIPT = """
+for(const table of document.querySelectorAll('table.sort')){const heads=[...table.tHead.rows[0].cells];
+heads.forEach((head,i)=>{head.tabIndex=0;const go=()=>{const up=head.getAttribute('aria-sort')!=='ascending';
+heads.forEach(h=>h.removeAttribute('aria-sort'));head.setAttribute('aria-sort',up?'ascending':'descending');
+const value=r=>{const c=r.cells[i],v=c.dataset.v;return v===undefined?c.textContent:v===''?null:+v};
+const rows=[...table.tBodies[0].rows].sort((a,b)=>{const x=value(a),y=value(b);
+if(x===null||y===null)return(x===null)-(y===null);
+const d=typeof x==='number'?x-y:x.localeCompare(y,undefined,{numeric:true});return up?d:-d});
+table.tBodies[0].append(...rows)};head.onclick=go;head.onkeydown=e=>{if(e.key==='Enter')go()}})}
+const find=document.getElementById('find');
+find.oninput=()=>{for(const r of document.getElementById('shapes').tBodies[0].rows)
+r.hidden=!r.textContent.toLowerCase().includes(find.value.toLowerCase())};
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape to show: its row of metrics.csv, the true surface and the reconstructed one."""
+
+    row: dict[str, Any]
+    truth: Mesh
+    pred: Mesh
+
+
+def worst_rows(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Up to `count` rows that were scored in mm, the lowest Dice first; ties by HD95."""
+    scored = [row for row in rows if row.get("hd95_mm") is not None]
+    return sorted(scored, key=lambda row: (row["dice"], -row["hd95_mm"]))[:count]
+
+
+def write_report(
+    path: str | Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]], cases: Sequence[Case]
+) -> None:
+    """Write the page atomically. It loads nothing: style, script and pictures are inside it."""
+    what = "the TSDF itself" if summary["baseline"] else "reconstruction from tokens"
+    facts = [f"split {summary['split']}", f"{summary['resolution']} cubed"]
+    if summary["model_hash"]:
+        facts.append(f"model {summary['model_hash'][:12]}")
+    body = [
+        f"<h1>Evaluation: {what}</h1>",
+        f'<p class="facts">{escape(", ".join(facts))}</p>',
+        _tiles(summary),
+        "<h2>Summary</h2>",
+        "<p>Mean over shapes with its 95 % confidence interval (bootstrap over patients), beside the mean of the TSDF "
+        "itself, which no model at this resolution can be expected to pass.</p>",
+        _summary_table(summary),
+        "<h2>Labels</h2>",
+        _group_table(summary["labels"], "label"),
+        _worst_cases(cases),
+        "<h2>All shapes</h2>",
+        '<p>A click on a title sorts. <input id="find" placeholder="label, shape or patient" aria-label="filter"></p>',
+        _shapes_table(rows),
+        "<h2>Patients</h2>",
+        _group_table(summary["patients"], "patient"),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>Evaluation</title><style>{_STYLE}</style></head><body>"
+        + "\n".join(body)
+        + f"<script>{_SCRIPT}</script></body></html>\n"
+    )
+    with atomic_write(path) as stream:
+        stream.write(page.encode())
+
+
+def _tiles(summary: dict[str, Any]) -> str:
+    def mean(group: dict[str, Any], name: str, pattern: str) -> str:
+        return format(group[name]["mean"], pattern) if name in group else "-"
+
+    tiles = [(str(summary["n"]), "shapes", f"{summary['n_failed']} failed")]
+    shown = ("dice", "hd95_mm", "assd_mm")
+    for name, title, pattern in (metric for metric in METRICS if metric[0] in shown):
+        tiles.append((mean(summary, name, pattern), title, f"TSDF {mean(summary['ceiling'], name, pattern)}"))
+    if summary["codes_used"] is not None:
+        tiles.append(
+            (str(summary["codes_used"]), "codes used", f"of {summary['codebook_size']}, "
+             f"perplexity {summary['perplexity']:.0f}")
+        )  # fmt: skip
+    cells = [
+        f'<div class="tile"><b>{escape(value)}</b>{escape(title)}<br><small>{escape(note)}</small></div>'
+        for value, title, note in tiles
+    ]
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _summary_table(summary: dict[str, Any]) -> str:
+    titles = ["", "mean", "95 % interval", "median", "5th pct.", "95th pct.", "TSDF"]
+    rows = []
+    for name, title, pattern in METRICS:
+        if name not in summary:
+            continue
+        value, ceiling = summary[name], summary["ceiling"].get(name)
+        interval = f"{value['ci_low']:{pattern}} to {value['ci_high']:{pattern}}"
+        cells = [f"{value[key]:{pattern}}" for key in ("mean", "median", "p05", "p95")]
+        cells.insert(1, interval)
+        cells.append(f"{ceiling['mean']:{pattern}}" if ceiling else "")
+        rows.append(f'<tr><td class="t">{escape(title)}</td>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return _table(titles, rows)
+
+
+def _group_table(groups: dict[str, dict[str, Any]], kind: str) -> str:
+    metrics = [m for m in METRICS if any(m[0] in group for group in groups.values())]
+    titles = [kind, "shapes"]
+    for name, title, _ in metrics:
+        titles += [title, "TSDF"] if any(name in group["ceiling"] for group in groups.values()) else [title]
+    rows = []
+    for group_name, group in groups.items():
+        cells = [f'<td class="t">{escape(group_name) or "-"}</td>', _cell(group["n"], "d")]
+        for name, _, pattern in metrics:
+            cells.append(_cell(group[name]["mean"] if name in group else None, pattern))
+            if any(name in other["ceiling"] for other in groups.values()):
+                cells.append(_cell(group["ceiling"][name]["mean"] if name in group["ceiling"] else None, pattern))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return _table(titles, rows, sortable=True)
+
+
+def _shapes_table(rows: Sequence[dict[str, Any]]) -> str:
+    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
+    lines = []
+    for row in sorted(rows, key=lambda row: row["dice"]):
+        cells = []
+        for name, _, pattern in columns:
+            value = row.get(name)
+            if pattern:
+                cells.append(_cell(value, pattern))
+            elif name == "sha256":
+                cells.append(f'<td class="t"><code title="{escape(str(value))}">{escape(str(value))[:12]}</code></td>')
+            else:
+                cells.append(f'<td class="t">{escape(str(value or "-"))}</td>')
+        mark = ' class="bad" title="failed, see errors.csv"' if row.get("error") else ""
+        lines.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    return _table([title for _, title, _ in columns], lines, sortable=True, identity="shapes", text_columns=3)
+
+
+def _cell(value: Any, pattern: str) -> str:
+    if value is None:
+        return '<td data-v="">-</td>'
+    return f'<td data-v="{value!r}">{value:{pattern}}</td>'
+
+
+def _table(
+    titles: Sequence[str], rows: Sequence[str], *, sortable: bool = False, identity: str = "", text_columns: int = 1
+) -> str:
+    heads = "".join(
+        f'<th scope="col"{" class=t" if i < text_columns else ""}>{escape(title)}</th>'
+        for i, title in enumerate(titles)
+    )
+    attributes = (' class="sort"' if sortable else "") + (f' id="{identity}"' if identity else "")
+    inner = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table{attributes}>{inner}</table></div>'
+
+
+def _worst_cases(cases: Sequence[Case]) -> str:
+    if not cases:
+        return ""
+    from trellis.geometry.render import sequential_colours
+
+    distances = [(_distances(case.truth, case.pred), _distances(case.pred, case.truth)) for case in cases]
+    finite = [np.quantile(d[np.isfinite(d)], 0.98) for pair in distances for d in pair if np.isfinite(d).any()]
+    limit = float(f"{max([*finite, 1e-6]):.2g}")
+    ramp = sequential_colours(np.linspace(0, limit, 12), limit)
+    stops = ", ".join(f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in 255 * ramp)
+    parts = [
+        "<h2>Worst cases</h2>",
+        "<p>Lowest Dice first. Colour: distance to the other surface, "
+        f'0 <span class="bar" style="background:linear-gradient(90deg, {stops})"></span> {limit:g} mm and more.</p>',
+    ]
+    for case, (on_truth, on_pred) in zip(cases, distances):
+        row = case.row
+        title = f"{row['label'] or 'shape'} {row['sha256'][:12]}"
+        figures = (
+            f"Dice {row['dice']:.4f} (TSDF {row['dice_tsdf']:.4f}), HD95 {row['hd95_mm']:.3f} mm, "
+            f"ASSD {row['assd_mm']:.3f} mm"
+        )
+        pictures = _pictures(case, on_truth, on_pred, limit)
+        shown = "".join(
+            f'<figure><img alt="{escape(title)}: {name}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{name}</figcaption></figure>"
+            for name, data in pictures
+        )
+        parts.append(
+            f'<div class="case"><b>{escape(title)}</b> {escape(figures)}<div class="row">{shown}</div></div>'
+        )
+    return "\n".join(parts)
+
+
+def _distances(mesh: Mesh, other: Mesh) -> np.ndarray:
+    """Distance [V] of each vertex to the other surface; infinite where that is empty."""
+    from trellis.geometry.surface_distance import ClosestTriangle
+
+    if len(mesh[1]) == 0 or len(other[1]) == 0:
+        return np.full(len(mesh[0]), np.inf)
+    return ClosestTriangle(*other).query(np.asarray(mesh[0], dtype=np.float64))[0]
+
+
+def _pictures(case: Case, on_truth: np.ndarray, on_pred: np.ndarray, limit: float) -> list[tuple[str, str]]:
+    from trellis.geometry.render import frame_of, png_bytes, render_mesh, sequential_colours
+
+    frame = frame_of([case.truth, case.pred])
+    views = [
+        ("truth", case.truth, None),
+        ("reconstruction", case.pred, None),
+        ("reconstruction, distance to truth", case.pred, on_pred),
+        ("truth, distance to reconstruction", case.truth, on_truth),
+    ]
+    found = []
+    for name, (vertices, faces), distance in views:
+        colours = {} if distance is None else {"colours": sequential_colours(distance, limit)}
+        image = render_mesh(vertices, faces, size=PICTURE_SIZE, frame=frame, occlusion_rays=4, **colours)
+        found.append((name, base64.b64encode(png_bytes(image)).decode()))
+    return found
