@@ -9,7 +9,8 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,17 @@ class ConfigError(InputError):
         self.problems = list(problems)
         count = f"{len(self.problems)} problem" + ("s" if len(self.problems) > 1 else "")
         super().__init__("\n  - ".join([f"{source}: {count}", *self.problems]))
+
+
+@contextmanager
+def wrong_input(what: str) -> Iterator[None]:
+    """Turn a ValueError about something that the user gave into an InputError, which ends a command with 2."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def test_weights_to_start_from(tmp_path: Path, prepared: Path):
     for args, message in [
         ({"finetune_ckpt": str(tmp_path / "no.pt")}, "no such weights file"),
         ({"finetune_ckpt": {"vae": "x"}}, "must name 'vqvae'"),
-        ({"pretrained_vae_path": str(tmp_path / "no.pth")}, "pretrained_vae_path: no such file"),
+        ({"pretrained_vae_path": str(tmp_path / "no.pth")}, "pretrained_vae_path: .*no.pth: no such file"),
         ({"finetune_ckpt": "a", "pretrained_vae_path": "b"}, "two sources"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -194,7 +194,7 @@ def test_bad_data_is_named(tmp_path: Path):
     data = write_dataset(tmp_path / "data", 2)
     (data / "sparse_sdf" / "shape01_r64.npz").write_bytes(b"PK not a zip")
     trainer = build(tmp_path, data, tiny_config(codebook_init_samples=1, batch_size_per_gpu=2))
-    with pytest.raises((InputError, ValueError), match="shape01_r64.npz"):
+    with pytest.raises(InputError, match="shape01_r64.npz"):
         trainer.run()
 
 

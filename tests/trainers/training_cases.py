@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,25 +84,68 @@ def write_config(path: Path, config: dict) -> Path:
     return path
 
 
-def train_command(config: Path, data: Path, output: Path, *options: str) -> list[str]:
-    return [
-        sys.executable, str(ROOT / "train.py"), "--config", str(config), "--data_dir", str(data),
-        "--output_dir", str(output), "--device", "cpu", *options,
-    ]
+def _run_training(arguments: list[str], environment: dict[str, str], output: str) -> None:
+    os.setsid()
+    with open(output, "w") as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+    os.environ.update(environment)
+    import torch
+
+    from trellis.trainers.launch import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
 
 
-def training_environment() -> dict[str, str]:
-    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**keep, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+class Training:
+    """The training command in a process of its own, forked from one that has imported everything already."""
+
+    def __init__(self, config: Path, data: Path, run: Path, *options: str, rank: int = 0, world: int = 1) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["trellis.trainers.run", "torch.utils.tensorboard", "torch._dynamo"])
+        environment = {"OMP_NUM_THREADS": "1"}
+        if world > 1:
+            environment |= {
+                "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": "29731",
+            }
+        self.run = run
+        run.parent.mkdir(parents=True, exist_ok=True)
+        self._output = run.parent / f"{run.name}_output{rank}_{time.monotonic_ns()}.txt"
+        arguments = [
+            "--config", str(config), "--data_dir", str(data), "--output_dir", str(run), "--device", "cpu", *options
+        ]
+        self.process = context.Process(target=_run_training, args=(arguments, environment, str(self._output)))
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text() if self._output.exists() else ""
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit code."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout} s: {self.output}")
+        return self.process.exitcode
+
+    def wait_for_step(self, step: int, timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not (self.run / "log.txt").exists() or len(read_log(self.run)) < step:
+            assert self.process.is_alive() and time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+
+    def signal(self, number: int, *, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.process.pid, number)
 
 
-def train(config: Path, data: Path, output: Path, *options: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Run train.py in a process of its own."""
-    return subprocess.run(
-        train_command(config, data, output, *options), capture_output=True, text=True, timeout=timeout,
-        env=training_environment(), check=False,
-    )
+def train(config: Path, data: Path, run: Path, *options: str) -> tuple[int, str]:
+    """Exit code and output of a whole training."""
+    training = Training(config, data, run, *options)
+    return training.wait(), training.output
 
 
 def read_log(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.txt").read_text(encoding="utf-8").splitlines()]
+    lines = (output / "log.txt").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trellis.config import InputError, TrainerArgs
+from trellis.config import InputError, TrainerArgs, wrong_input
 from trellis.trainers.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -141,7 +141,8 @@ class Trainer:
         try:
             with StopSignals() as stop:
                 if self.step == 0:
-                    self.objective.prepare(self.model, self.dataset, self.sampler)
+                    with wrong_input("data"):
+                        self.objective.prepare(self.model, self.dataset, self.sampler)
                     self.ema = {rate: self._new_ema(rate) for rate in self.ema}
                 self.model.train()
                 batches = endless_batches(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trellis.config import InputError, RunConfig, TrainerArgs, load_config
+from trellis.config import InputError, RunConfig, TrainerArgs, load_config, wrong_input
 from trellis.datasets.sparse_sdf import SparseSDF
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.trainers.base import Trainer
@@ -47,17 +46,6 @@ class RunOptions:
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """`load_config` with the arguments of the model and dataset checked against their classes."""
     return load_config(path, overrides, signatures=CLASSES)
-
-
-@contextmanager
-def wrong_input(what: str) -> Iterator[None]:
-    """Turn a ValueError about something that the user gave into an InputError, which ends a command with 2."""
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{what}: {error}") from error
 
 
 def choose_checkpoint(options: RunOptions) -> Checkpoint | None:
@@ -153,18 +141,10 @@ def _load_pretrained(model: nn.Module, args: TrainerArgs) -> None:
     from trellis.models.pretrained import load_direct3d
 
     path = Path(args.pretrained_vae_path or "")
-    if not path.is_file():
-        raise InputError(f"trainer.args.pretrained_vae_path: no such file: {path}")
-    with wrong_input(f"trainer.args.pretrained_vae_path {path}"):
+    with wrong_input("trainer.args.pretrained_vae_path"):
         report = load_direct3d(model, path, partial=args.pretrained_partial)
-    for name in ("loaded", "new", "mismatched"):
-        items = list(getattr(report, name))
-        logger.info("pretrained weights, %s: %d%s", name, len(items), f" ({_some(items)})" if items else "")
-
-
-def _some(items: list[Any], most: int = 12) -> str:
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(str(item) for item in items[:most]) + more
+    logger.info("pretrained weights from %s: %s", path, report.text())
+    logger.info("loaded: %s", ", ".join(report.loaded))
 
 
 def _write_run_files(output: Path, config: RunConfig, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trellis.config import InputError, TrainerArgs
+from trellis.config import InputError, TrainerArgs, wrong_input
 from trellis.trainers.sampler import ResumableSampler
 
 Batch = dict[str, Any]
@@ -49,12 +49,10 @@ def endless_batches(
     )
     iterator = iter(loader)
     while True:
-        try:
+        with wrong_input("data"):
             batches = next(iterator)
             for batch in batches:
                 objective.check_batch(batch)
-        except ValueError as error:
-            raise InputError(f"data: {error}") from error
         yield batches
 
 

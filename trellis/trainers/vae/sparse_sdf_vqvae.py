@@ -15,7 +15,6 @@ from trellis.config import TrainerArgs
 from trellis.datasets.sparse_sdf import collate
 from trellis.trainers.sampler import ResumableSampler
 from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
-from trellis.trainers.vae.snapshot import write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +163,8 @@ class SparseSDFVQVAEObjective:
 
     def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None:
         """Pictures and meshes of the first shapes; returns the picture as PNG, None without a renderer."""
+        from trellis.trainers.vae.snapshot import write_samples  # geometry: not needed to train
+
         count = min(self.args.num_samples, len(dataset))
         return write_samples(model, [dataset[0, i] for i in range(count)], folder)
 
