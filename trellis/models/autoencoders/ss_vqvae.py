@@ -120,11 +120,16 @@ class SparseSDFVQVAE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform Linears with zero bias; the convolutions keep their own start. No layer starts at zero."""
+        """Xavier-uniform Linears with zero bias; the convolutions keep their own start. No layer starts at zero.
+
+        The output layer starts small, so that tanh is far from saturation.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.decoder.out_layer.weight.mul_(0.3)
 
     @property
     def device(self) -> torch.device:
