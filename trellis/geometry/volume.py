@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from trellis.geometry.label_surfaces import label_surfaces
-from trellis.geometry.volume_readers import (
-    RawVolume,
-    affine_from_spacing,
-    check_affine,
-    is_volume_file,
-    read_raw_volume,
-)
+from trellis.geometry.label_surfaces import label_surfaces, threshold_surface
+from trellis.geometry.volume_raw import RawVolume, affine_from_spacing, check_affine
+from trellis.geometry.volume_readers import is_volume_file, read_raw_volume, volume_suffix
+from trellis.utils.io_utils import atomic_write
 
 __all__ = [
-    "LabelVolume", "is_volume_file", "label_surfaces", "labels_of", "read_volume",
+    "IntensityVolume", "LabelVolume", "as_labels", "is_volume_file", "label_surfaces", "labels_of", "parse_threshold",
+    "read_intensity", "read_label_layers", "read_volume", "threshold_surface", "write_label_volume",
 ]  # fmt: skip
+
+Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ class LabelVolume:
         return float(abs(np.linalg.det(self.affine[:3, :3])))
 
 
+@dataclass(frozen=True)
+class IntensityVolume:
+    """One number per voxel: a CT, an MR image, a probability map.
+
+    Attributes:
+        data: [X, Y, Z] integers or floats, finite.
+        affine: [4, 4] float64, voxel index (centre of a voxel) to RAS mm.
+        notes: what a user should know about the file's header.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
 def labels_of(volume: LabelVolume) -> list[int]:
     """Sorted label values that occur, background left out."""
     data = volume.data
@@ -64,11 +82,12 @@ def labels_of(volume: LabelVolume) -> list[int]:
     return [int(v) for v in values if v != 0]
 
 
-def read_volume(path: str | Path, *, spacing_mm: tuple[float, float, float] | None = None) -> LabelVolume:
+def read_volume(path: str | Path, *, spacing_mm: Spacing | None = None) -> LabelVolume:
     """Read a label volume.
 
     Args:
-        path: .nii, .nii.gz, .mgh, .mgz, .npy, .npz.
+        path: .nii, .nii.gz, .mgh, .mgz, .nrrd, .seg.nrrd, .nhdr, .mha, .mhd, .npy, .npz, or a folder that holds one
+            DICOM series.
         spacing_mm: voxel spacing along the array axes, for files that have none; a file that has one must agree.
 
     Returns:
@@ -81,20 +100,158 @@ def read_volume(path: str | Path, *, spacing_mm: tuple[float, float, float] | No
     raw = read_raw_volume(path)
     try:
         if raw.data.ndim != 3:
-            raise ValueError(f"it has {raw.data.shape[3]} overlapping layers, and one label volume is needed")
-        return _label_volume(raw, spacing_mm)
+            what = "layers of segments" if raw.names else "frames or channels"
+            raise ValueError(f"one 3D volume is needed, got {raw.data.shape[3]} {what}, shape {list(raw.data.shape)}")
+        volume = LabelVolume(
+            as_labels(raw.data), _affine(raw, spacing_mm), raw.names[0] if raw.names else {}, raw.notes
+        )
+        if not volume.data.any():
+            raise ValueError("no labels: every voxel is 0")
+        return volume
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _label_volume(raw: RawVolume, spacing_mm: tuple[float, float, float] | None) -> LabelVolume:
-    volume = LabelVolume(as_labels(raw.data), _affine(raw, spacing_mm), raw.names[0], raw.notes)
-    if not volume.data.any():
+def read_label_layers(path: str | Path, *, spacing_mm: Spacing | None = None) -> list[LabelVolume]:
+    """Read labels that may overlap, as volumes in each of which they do not.
+
+    Args:
+        path: any volume file of `read_volume`; a .seg.nrrd with overlapping layers; a volume with a mask per channel
+            (label = channel + 1); or a folder with one mask file per class, as TotalSegmentator writes it (named after
+            the files, labels 1, 2, ... in order of the names). A folder without mask files is read as a DICOM series.
+
+    Returns:
+        One volume where nothing overlaps, else as few as it takes to put every mask into the first that has room.
+        A label value means one thing in all of them; layers that use a value twice get new values.
+
+    Raises:
+        ValueError: as `read_volume`; masks on different grids; a layer that cannot be told from a time series
+            (several values in a channel without segment names).
+    """
+    path = Path(path)
+    files = sorted(p for p in path.iterdir() if p.is_file() and is_volume_file(p)) if path.is_dir() else []
+    if files:
+        return _masks_of_folder(path, files, spacing_mm)
+    raw = read_raw_volume(path)
+    if raw.data.ndim == 3:
+        return [read_volume(path, spacing_mm=spacing_mm)]
+    try:
+        affine = _affine(raw, spacing_mm)
+        if raw.names:
+            layers = [LabelVolume(as_labels(raw.data[..., i]), affine, n, raw.notes) for i, n in enumerate(raw.names)]
+            return _distinct_values([layer for layer in layers if layer.data.any()], path)
+        masks = []
+        for channel in range(raw.data.shape[3]):
+            values = np.unique(as_labels(raw.data[..., channel]))
+            if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+                raise ValueError(f"channel {channel} must be a mask of 0 and one value, got {values[:5].tolist()}")
+            masks.append((channel + 1, raw.data[..., channel] != 0))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return _stack_masks(masks, affine, {}, raw.notes, path)
+
+
+def _distinct_values(layers: list[LabelVolume], path: Path) -> list[LabelVolume]:
+    if not layers:
         raise ValueError("no labels: every voxel is 0")
-    return volume
+    used = [value for layer in layers for value in labels_of(layer)]
+    if len(set(used)) == len(used):
+        return layers
+    result, following = [], 1
+    for layer in layers:
+        values = labels_of(layer)
+        new = range(following, following + len(values))
+        table = np.zeros(max(values) + 1, dtype=np.int32)
+        table[values] = new
+        names = {after: layer.names.get(before, f"{before}") for before, after in zip(values, new)}
+        result.append(LabelVolume(as_labels(table[layer.data]), layer.affine, names, layer.notes))
+        following += len(values)
+    return result
 
 
-def _affine(raw: RawVolume, spacing_mm: tuple[float, float, float] | None) -> np.ndarray:
+def _masks_of_folder(path: Path, files: list[Path], spacing_mm: Spacing | None) -> list[LabelVolume]:
+    first: LabelVolume | None = None
+    names: dict[int, str] = {}
+
+    def masks() -> Iterator[tuple[int, np.ndarray]]:
+        nonlocal first
+        for value, file in enumerate(files, start=1):
+            raw = read_raw_volume(file)
+            try:
+                mask = LabelVolume(as_labels(raw.data), _affine(raw, spacing_mm))
+                present = labels_of(mask)
+                if len(present) > 1:
+                    raise ValueError(f"a mask of 0 and one value is needed in a folder of masks, got {present[:5]}")
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
+            if first is None:
+                first = mask
+            elif mask.data.shape != first.data.shape or not np.allclose(mask.affine, first.affine, atol=1e-3):
+                raise ValueError(f"{file}: lies on another grid than {files[0].name}")
+            names[value] = file.name[: -len(volume_suffix(file))]
+            yield value, mask.data != 0
+
+    stacked = list(masks())
+    assert first is not None
+    return _stack_masks(stacked, first.affine, names, (), path)
+
+
+def _stack_masks(
+    masks: Iterable[tuple[int, np.ndarray]],
+    affine: np.ndarray,
+    names: dict[int, str],
+    notes: tuple[str, ...],
+    path: Path,
+) -> list[LabelVolume]:
+    """Each mask in the first layer that has room for it; empty masks are left out."""
+    layers: list[np.ndarray] = []
+    for value, mask in masks:
+        if not mask.any():
+            continue
+        room = next((layer for layer in layers if not layer[mask].any()), None)
+        if room is None:
+            room = np.zeros(mask.shape, dtype=np.uint16)
+            layers.append(room)
+        room[mask] = value
+    if not layers:
+        raise ValueError(f"{path}: no labels: every voxel is 0")
+    return [
+        LabelVolume(layer, affine, {v: names[v] for v in np.unique(layer).tolist() if v in names}, notes)
+        for layer in layers
+    ]
+
+
+def read_intensity(path: str | Path, *, spacing_mm: Spacing | None = None) -> IntensityVolume:
+    """Read a volume of intensities for `threshold_surface`; files and errors as `read_volume`.
+
+    Raises:
+        ValueError: also for values that are not finite.
+    """
+    raw = read_raw_volume(path)
+    try:
+        if raw.data.ndim != 3:
+            raise ValueError(f"one 3D volume is needed, got shape {list(raw.data.shape)}")
+        if raw.data.dtype.kind == "f" and not np.isfinite(raw.data).all():
+            raise ValueError(f"intensities must be finite, got {np.count_nonzero(~np.isfinite(raw.data))} that are not")
+        data = raw.data.astype(np.uint8) if raw.data.dtype.kind == "b" else raw.data
+        return IntensityVolume(data, _affine(raw, spacing_mm), raw.notes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_threshold(text: str) -> tuple[float, float | None]:
+    """(low, high) of "LOW" or "LOW:HIGH"; ValueError unless they are finite and LOW < HIGH."""
+    parts = text.split(":")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2) or not np.isfinite(values).all() or (len(values) == 2 and values[0] >= values[1]):
+        raise ValueError(f"a threshold is LOW or LOW:HIGH with LOW < HIGH, got {text!r}")
+    return values[0], values[1] if len(values) == 2 else None
+
+
+def _affine(raw: RawVolume, spacing_mm: Spacing | None) -> np.ndarray:
     if raw.affine is None and spacing_mm is None:
         raise ValueError(
             "it has no voxel spacing: give it (spacing_mm), or store 'spacing_mm' or 'affine' beside 'volume' in an "
@@ -133,3 +290,68 @@ def as_labels(data: np.ndarray) -> np.ndarray:
             )
     smallest = next(t for t in (np.uint8, np.uint16, np.int32) if high <= np.iinfo(t).max)
     return np.ascontiguousarray(data.astype(smallest))
+
+
+def write_label_volume(path: str | Path, data: np.ndarray, affine: np.ndarray) -> None:
+    """Write labels with their geometry, atomically.
+
+    Args:
+        path: .nii, .nii.gz, .nrrd, .mha or .npz.
+        data: [X, Y, Z] integers or bool >= 0; affine: [4, 4] voxel index to RAS mm. A sheared one needs .nii, .nii.gz
+            or .npz: the other formats' directions are orthogonal.
+
+    Raises:
+        ValueError: unknown suffix, labels or affine that are not valid, shear that the format cannot hold.
+    """
+    path = Path(path)
+    affine = check_affine(affine)
+    labels = as_labels(np.asarray(data))
+    if labels.ndim != 3:
+        raise ValueError(f"{path}: data must be [X, Y, Z], got {list(labels.shape)}")
+    suffix = volume_suffix(path)
+    if suffix in (".nii", ".nii.gz"):
+        content = _nifti_bytes(labels, affine)
+        content = gzip.compress(content, 6, mtime=0) if suffix.endswith(".gz") else content
+    elif suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, volume=labels, affine=affine)
+        content = buffer.getvalue()
+    elif suffix in (".nrrd", ".mha"):
+        _write_itk(path, labels, affine, suffix)
+        return
+    else:
+        raise ValueError(f"{path}: labels are written as .nii, .nii.gz, .nrrd, .mha or .npz, got {suffix!r}")
+    with atomic_write(path) as stream:
+        stream.write(content)
+
+
+def _nifti_bytes(labels: np.ndarray, affine: np.ndarray) -> bytes:
+    import nibabel
+
+    image = nibabel.Nifti1Image(labels, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    unit = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    orthogonal = np.allclose(unit.T @ unit, np.eye(3), atol=1e-6)
+    # a qform cannot hold shear: better none than one that disagrees
+    image.set_qform(affine, code=1 if orthogonal else 0, strip_shears=True)
+    return image.to_bytes()
+
+
+def _write_itk(path: Path, labels: np.ndarray, affine: np.ndarray, suffix: str) -> None:
+    import SimpleITK
+
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    unit = affine[:3, :3] / spacing
+    if not np.allclose(unit.T @ unit, np.eye(3), atol=1e-6):
+        raise ValueError(f"{path}: {suffix} cannot hold a sheared grid: write .nii.gz or .npz")
+    to_lps = np.diag([-1.0, -1.0, 1.0])
+    image = SimpleITK.GetImageFromArray(labels.transpose(2, 1, 0))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin((to_lps @ affine[:3, 3]).tolist())
+    image.SetDirection((to_lps @ unit).reshape(-1).tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        written = Path(folder) / f"volume{suffix}"
+        SimpleITK.WriteImage(image, str(written), useCompression=True)
+        written.replace(path)

@@ -4,77 +4,26 @@ from __future__ import annotations
 
 import gzip
 import logging
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from trellis.geometry.volume_itk import read_dicom_folder, read_metaimage, read_nrrd
+from trellis.geometry.volume_raw import (
+    CONFLICT_MM,
+    DEFLATE_MAX_RATIO,
+    MAX_VOXELS,
+    RawVolume,
+    affine_from_spacing,
+    check_affine,
+    frames_last,
+)
+
 log = logging.getLogger(__name__)
-
-MAX_VOXELS = 1 << 31
-"""Most voxels of a volume that is read (2048 x 1024 x 1024)."""
-CONFLICT_MM = 1e-3
-"""Distance from which on two disagreeing geometries of one header are reported."""
-DEFLATE_MAX_RATIO = 1032
-"""Deflate cannot pack better than this, so a header that announces more bytes than that is wrong."""
-
-
-@dataclass(frozen=True)
-class RawVolume:
-    """A volume as its file has it.
-
-    Attributes:
-        data: [X, Y, Z], any numeric dtype; with several layers [X, Y, Z, L].
-        affine: [4, 4] float64, voxel index to RAS mm; None where the file has no spacing.
-        names: label value -> name; with several layers one such table each.
-        notes: what a user should know about the header, in words.
-    """
-
-    data: np.ndarray
-    affine: np.ndarray | None
-    names: tuple[dict[int, str], ...] = ({},)
-    notes: tuple[str, ...] = field(default=())
-
-
-def check_size(shape: tuple[int, ...]) -> None:
-    """ValueError for a volume without voxels or with more than MAX_VOXELS."""
-    if any(n <= 0 for n in shape):
-        raise ValueError(f"every axis needs at least one voxel, got shape {list(shape)}")
-    total = 1
-    for n in shape:
-        total *= int(n)  # Python integers: header values can overflow int64
-    if total > MAX_VOXELS:
-        raise ValueError(f"a volume may have at most {MAX_VOXELS} voxels, got shape {list(shape)}")
-
-
-def drop_single_frames(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The three axes of a volume; trailing axes of length 1 are dropped, longer ones are an error."""
-    if len(shape) > 3 and any(n != 1 for n in shape[3:]):
-        raise ValueError(f"one 3D volume is needed, got shape {list(shape)}: choose a frame first")
-    if len(shape) < 3:
-        raise ValueError(f"three axes are needed, got shape {list(shape)}")
-    return tuple(shape[:3])
-
-
-def check_affine(affine: np.ndarray) -> np.ndarray:
-    """The affine as [4, 4] float64; ValueError unless it is finite, invertible and ends in 0 0 0 1."""
-    affine = np.asarray(affine, dtype=np.float64)
-    if affine.shape != (4, 4):
-        raise ValueError(f"the affine must be [4, 4], got {list(affine.shape)}")
-    if not np.isfinite(affine).all():
-        raise ValueError("the affine must be finite, got NaN or infinity")
-    if not np.array_equal(affine[3], [0, 0, 0, 1]):
-        raise ValueError(f"the last row of the affine must be 0 0 0 1, got {affine[3].tolist()}")
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if lengths.min() <= 0 or lengths.max() > 1e6:
-        raise ValueError(f"voxel spacing must be above 0 and at most 1e6 mm, got {lengths.tolist()}")
-    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
-        raise ValueError("the voxel axes must not lie in one plane: the affine cannot be inverted")
-    return affine
-
 
 def read_nifti(path: Path) -> RawVolume:
     """NIfTI-1, NIfTI-2 and Analyze pairs' .nii: sform if its code is positive, else qform, else spacing alone."""
@@ -84,8 +33,7 @@ def read_nifti(path: Path) -> RawVolume:
     if not isinstance(image, nibabel.Nifti1Pair):
         raise ValueError(f"a NIfTI image is needed, got {type(image).__name__}")
     header = image.header
-    shape = drop_single_frames(image.shape)
-    check_size(shape)
+    shape = frames_last(image.shape)
     _check_nibabel_bytes(path, image)
     affine, notes = _nifti_affine(header, shape)
     unit = header.get_xyzt_units()[0]
@@ -135,7 +83,7 @@ def _nifti_affine(header: object, shape: tuple[int, ...]) -> tuple[np.ndarray, l
 
 def _largest_distance(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
     """Largest distance in mm between two affines over a volume's corners (where it is, as both are affine)."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[:3]], indexing="ij")).reshape(3, -1)
     moved = (first[:3, :3] - second[:3, :3]) @ corners + (first[:3, 3] - second[:3, 3])[:, None]
     return float(np.nan_to_num(np.linalg.norm(moved, axis=0), nan=np.inf).max())
 
@@ -147,8 +95,7 @@ def read_mgh(path: Path) -> RawVolume:
     image = nibabel.load(path)
     if not isinstance(image, nibabel.MGHImage):
         raise ValueError(f"an MGH image is needed, got {type(image).__name__}")
-    shape = drop_single_frames(image.shape)
-    check_size(shape)
+    shape = frames_last(image.shape)
     _check_nibabel_bytes(path, image)
     return RawVolume(np.asanyarray(image.dataobj).reshape(shape), check_affine(image.affine))
 
@@ -183,19 +130,7 @@ def read_npz(path: Path) -> RawVolume:
 def _plain_array(data: np.ndarray) -> np.ndarray:
     if data.dtype.kind not in "biuf":
         raise ValueError(f"voxels must be numbers, got dtype {data.dtype}")
-    shape = drop_single_frames(data.shape)
-    check_size(shape)
-    return data.reshape(shape)
-
-
-def affine_from_spacing(spacing_mm: object) -> np.ndarray:
-    """[4, 4] float64: index 0 at the origin, axes as RAS."""
-    spacing = np.asarray(spacing_mm)
-    if spacing.shape != (3,) or spacing.dtype.kind not in "iuf":
-        raise ValueError(f"spacing_mm must be three numbers, got {spacing_mm!r}")
-    if not np.isfinite(spacing).all() or (spacing <= 0).any():
-        raise ValueError(f"spacing_mm must be positive, got {spacing.tolist()}")
-    return check_affine(np.diag([*spacing.astype(np.float64), 1.0]))
+    return data.reshape(frames_last(data.shape))
 
 
 READERS: dict[str, Callable[[Path], RawVolume]] = {
@@ -203,10 +138,15 @@ READERS: dict[str, Callable[[Path], RawVolume]] = {
     ".nii.gz": read_nifti,
     ".mgh": read_mgh,
     ".mgz": read_mgh,
+    ".nrrd": read_nrrd,
+    ".nhdr": read_nrrd,
+    ".seg.nrrd": read_nrrd,
+    ".mha": read_metaimage,
+    ".mhd": read_metaimage,
     ".npy": read_npy,
     ".npz": read_npz,
 }
-"""Suffix -> reader(path) -> RawVolume."""
+"""Suffix -> reader(path) -> RawVolume; a folder is read as a DICOM series."""
 
 UNREADABLE = (OSError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 """What the format libraries raise for a truncated or damaged file, besides ValueError."""
@@ -226,12 +166,19 @@ def is_volume_file(path: str | Path) -> bool:
     return volume_suffix(path) in READERS
 
 
+def _one_line(error: Exception) -> str:
+    """An error's words; of ITK's multi-line reports, which carry source paths and addresses, the description."""
+    text = str(error) or type(error).__name__
+    found = re.search(r"ITK ERROR: (?:\w+\([^)]*\): )?(.*)", text)
+    return " ".join((found.group(1) if found else text).split())
+
+
 def read_raw_volume(path: str | Path) -> RawVolume:
     """Read any known volume file; every failure is a ValueError that names the file."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file")
-    reader = READERS.get(volume_suffix(path))
+    reader = read_dicom_folder if path.is_dir() else READERS.get(volume_suffix(path))
     if reader is None:
         raise ValueError(
             f"{path}: no volume reader for {volume_suffix(path) or 'a file without suffix'!r}; known: "
@@ -245,10 +192,11 @@ def read_raw_volume(path: str | Path) -> RawVolume:
         raise ValueError(f"{path}: truncated or damaged: {str(error) or type(error).__name__}") from error
     except Exception as error:
         # the format libraries raise whatever they trip over; a bad file is always the user's to fix
-        reason = str(error) or type(error).__name__
+        reason = _one_line(error)
         if "allow_pickle" in reason or "Object arrays" in reason:
             reason = "it holds pickled objects, which are never loaded: save plain numbers"
-        raise ValueError(f"{path}: not a readable {volume_suffix(path)} volume: {reason}") from error
+        kind = "DICOM" if path.is_dir() else volume_suffix(path)
+        raise ValueError(f"{path}: not a readable {kind} volume: {reason}") from error
     for note in raw.notes:
         log.warning("%s: %s", path, note)
     return raw
