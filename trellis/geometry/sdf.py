@@ -11,13 +11,12 @@ import numpy as np
 
 from trellis.geometry.transforms import check_to_world, normalising_transform, world_to_grid
 from trellis.utils.blocks import BAND_VOXELS, STORAGE_BLOCK, SparseSDFBlocks, check_resolution
-from trellis.utils.mesh_topology import closed_chain_problem, merge_identical_vertices
+from trellis.utils.mesh_topology import check_mesh_arrays, closed_chain_problem, merge_identical_vertices
 from trellis.utils.warp_utils import check_warp_device, get_warp
 
 logger = logging.getLogger(__name__)
 
 SIGN_METHODS = ("auto", "crossings", "winding")
-MAX_FACES = 1 << 28
 _MAX_SHARE = 0.01
 _CHUNK_BLOCKS = {"cpu": 4096, "cuda": 32768}
 _BLOCK_CAP, _CELL_CAP = 384, 96
@@ -112,35 +111,6 @@ def mesh_to_sparse_sdf(
     return SparseSDFBlocks(*found, to_world, resolution, int(band_voxels))
 
 
-def check_mesh_arrays(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices as float64 [V, 3] and faces as int64 [F, 3], without vertices that no face uses.
-
-    Raises:
-        ValueError: wrong shapes, non-finite vertices, no faces, or indices out of range.
-    """
-    v = np.asarray(vertices, dtype=np.float64)
-    f = np.asarray(faces)
-    if v.ndim != 2 or v.shape[1] != 3:
-        raise ValueError(f"vertices must be [V, 3], got shape {list(v.shape)}")
-    if f.ndim != 2 or f.shape[1] != 3 or not (np.issubdtype(f.dtype, np.integer) or f.size == 0):
-        raise ValueError(f"faces must be integers [F, 3], got {f.dtype} {list(f.shape)}")
-    if len(f) == 0 or len(v) == 0:
-        raise ValueError(f"the mesh must have faces, got {len(v)} vertices and {len(f)} faces")
-    if len(f) > MAX_FACES:
-        raise ValueError(f"a mesh may have at most {MAX_FACES} faces, got {len(f)}")
-    if not np.isfinite(v).all():
-        bad = int((~np.isfinite(v)).any(axis=1).sum())
-        raise ValueError(f"vertices must be finite, got {bad} of {len(v)} with NaN or infinite coordinates")
-    f = f.astype(np.int64, copy=False)
-    if f.min() < 0 or f.max() >= len(v):
-        raise ValueError(f"faces must index vertices 0 to {len(v) - 1}, got {f.min()} to {f.max()}")
-    used = np.zeros(len(v), dtype=bool)
-    used[f.ravel()] = True
-    if not used.all():
-        v, f = v[used], (np.cumsum(used) - 1)[f]
-    return v, f
-
-
 def _require_closed(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mesh if it is closed and consistently oriented, after a merge of identical vertices if that takes it."""
     problem = closed_chain_problem(faces)
@@ -160,12 +130,13 @@ def _check_winding(signs: object) -> None:
     if signs.negative_share > _MAX_SHARE:
         raise ValueError(
             "the surface, or a part of it, faces inward: winding numbers below 0 fill "
-            f"{signs.negative_share:.1%} of the volume of those above. Orient it with trellis.utils.mesh_repair.clean_mesh (prepare does)"
+            f"{signs.negative_share:.1%} of the volume of those above. Orient it with "
+            "trellis.utils.mesh_repair.clean_mesh (prepare does)"
         )
     if signs.overlap_share > _MAX_SHARE:
         logger.warning(
-            "closed parts of the surface overlap in %.1f%% of the inside: distances there are to inner faces; "
-            "clean_mesh unites them", 100 * signs.overlap_share
+            "the surface overlaps itself in %.1f%% of its inside (winding number above 1): signs are right, distances "
+            "there are to inner faces", 100 * signs.overlap_share
         )
 
 
