@@ -82,7 +82,7 @@ def signed_distance_to_voxels(points: np.ndarray, faces: np.ndarray, mask: np.nd
     return np.where(inside, -best, best)
 
 
-def measure(volume: LabelVolume, *, reach: float, iterations: int) -> dict:
+def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 30) -> dict:
     """Figures over all labels of a volume; everything in index space, so that voxels are unit cubes."""
     plain = LabelVolume(volume.data, np.eye(4))
     start = time.process_time()

@@ -11,6 +11,7 @@ import pytest
 
 from trellis.geometry.volume import LabelVolume, as_labels, label_surfaces, labels_of, read_volume
 
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_label_surfaces.py"
 SHEARED = np.array([[1.1, 0.3, 0, -20], [0.05, 0.9, 0.2, 31], [0, -0.1, 2.0, 7], [0, 0, 0, 1.0]])
 
 
@@ -288,3 +289,45 @@ def test_labels_that_fill_the_volume_or_touch_themselves_are_closed():
         vertices, faces = surfaces[label]
         assert_closed_and_consistent(faces)
         assert signed_volume(vertices, faces) > 0.6 * voxels
+
+
+def test_thin_and_tiny_structures_survive():
+    for where in (np.s_[5:6, 5:6, 5:6], np.s_[3:12, 5:6, 5:6], np.s_[3:12, 3:12, 5:6], np.s_[5:7, 5:7, 5:7]):
+        data = np.zeros((14, 14, 12), np.uint8)
+        data[where] = 1
+        vertices, faces = label_surfaces(LabelVolume(data, np.eye(4)))[1]
+        assert_closed_and_consistent(faces)
+        assert 0.65 < signed_volume(vertices, faces) / data.sum() < 1.05
+
+
+def test_a_tilted_plane_and_a_ball_come_out_without_stairs():
+    index = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"), axis=-1).astype(float)
+    normal = np.array([0.35, 0.2, 1.0]) / np.linalg.norm([0.35, 0.2, 1.0])
+    half = (index - 11.3) @ normal < 0
+    vertices, faces = label_surfaces(LabelVolume(half.astype(np.uint8), np.eye(4)))[1]
+    inner = ((vertices > 5) & (vertices < 18)).all(axis=1)
+    off = (vertices[inner] - 11.3) @ normal
+    assert off.std() < 0.12 and abs(off.mean()) < 0.12  # raw stairs: about 0.35
+    ball = np.linalg.norm(index - [11.2, 11.6, 11.9], axis=-1) < 8.5
+    vertices, faces = label_surfaces(LabelVolume(ball.astype(np.uint8), np.eye(4)))[1]
+    radius = np.linalg.norm(vertices - [11.2, 11.6, 11.9], axis=1)
+    assert radius.std() < 0.17 and abs(radius.mean() - 8.5) < 0.15
+    assert signed_volume(vertices, faces) == pytest.approx(ball.sum(), rel=0.02)
+
+
+def test_quality_on_real_anatomy(anatomy_dir: Path):
+    """A corner of the AAL atlas with many whole and cut regions; the benchmark measures all of it."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("bench_label_surfaces", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    volume = read_volume(anatomy_dir / "aal.nii.gz")
+    part = LabelVolume(np.ascontiguousarray(volume.data[30:90, 60:130, 40:100]), np.eye(4))
+    few = np.isin(part.data, [label for label in labels_of(part) if np.count_nonzero(part.data == label) > 1500])
+    figures = benchmark.measure(LabelVolume(np.where(few, part.data, 0), np.eye(4)))
+    assert figures["labels"] > 15
+    assert figures["dice_min"] >= 0.999
+    assert figures["volume_error_median"] <= 0.01
+    assert figures["angle_p95_deg_all_faces"] <= 32
+    assert abs(figures["signed_distance_median_voxels"]) < 0.02
