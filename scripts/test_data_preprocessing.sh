@@ -9,4 +9,4 @@ fi
 command -v python >/dev/null || python() { python3 "$@"; }
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m trellis.preparation.self_check "$@"
+python -m dataset_toolkits.self_check "$@"

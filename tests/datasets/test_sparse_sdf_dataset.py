@@ -34,13 +34,13 @@ def ellipsoid_blocks(resolution: int, radii=(0.45, 0.3, 0.2), label: str = "egg"
     )
 
 
-def write_dataset(root: Path, shapes: dict[str, SparseSDFBlocks], splits: dict[str, str] | None = None, schema=2):
+def write_dataset(root: Path, shapes: dict[str, SparseSDFBlocks], splits=None, schema=2, patient="p"):
     resolution = next(iter(shapes.values())).resolution
     rows = []
     for name, blocks in shapes.items():
         save_sparse_sdf(root / "sparse_sdf" / f"{name}_r{resolution}.npz", blocks, schema=schema)
         rows.append({
-            "sha256": name, "label": blocks.label, "patient_id": "p", "split": (splits or {}).get(name, "train"),
+            "sha256": name, "label": blocks.label, "patient_id": patient, "split": (splits or {}).get(name, "train"),
             f"r{resolution}_num_voxels": int(blocks.active.sum()), f"r{resolution}_num_blocks": blocks.num_blocks,
             "error": "",
         })
@@ -59,7 +59,7 @@ def shape() -> SparseSDFBlocks:
 @pytest.fixture
 def root(tmp_path, shape):
     other = ellipsoid_blocks(64, radii=(0.2, 0.25, 0.4), label="roll")
-    return write_dataset(tmp_path, {"bb": shape, "aa": other, "cc": shape}, {"cc": "test"})
+    return write_dataset(tmp_path, {"bb": shape, "aa": other, "cc": shape}, {"cc": "test"}, patient="")
 
 
 def test_sample_matches_the_voxel_list_of_the_file(root, shape):
@@ -250,6 +250,12 @@ def test_bad_metadata_is_refused(root, tmp_path):
         SparseSDF(root, resolution=64)
     path.write_text("sha256,label,split,r64_num_voxels,error\naa,x,train,,broken mesh\nbb,x,train,99,\n")
     assert [item.sha256 for item in SparseSDF(root, resolution=64).items] == ["bb"]
+
+
+def test_a_patient_in_two_splits_is_an_error(tmp_path, shape):
+    write_dataset(tmp_path, {"aa": shape, "bb": shape}, {"bb": "test"})  # both of patient p
+    with pytest.raises(ValueError, match="patient p is in two splits"):
+        SparseSDF(tmp_path, resolution=64)
 
 
 def test_several_roots_join(tmp_path, shape):

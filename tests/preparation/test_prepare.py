@@ -45,7 +45,7 @@ def test_files_and_tables(prepared):
     _, out, summary = prepared
     rows = rows_of(out)
     columns = (
-        "sha256,label,patient_id,split,num_faces,is_watertight,volume_ml,min_thickness_voxels,r32_num_voxels,"
+        "sha256,label,patient_id,split,num_faces,is_watertight,volume_ml,min_thickness_voxels,frame,r32_num_voxels,"
         "r32_num_blocks,r48_num_voxels,r48_num_blocks,error"
     )
     assert (out / "metadata.csv").read_text().splitlines()[0] == columns
@@ -242,6 +242,8 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
         ({"labels": []}, "labels"),
         ({"split_fractions": (0.5, 0.5, 0.5)}, "fractions"),
         ({"device": "tpu"}, "device"),
+        ({"frame": "fixed-mm:0"}, "frame must be"),
+        ({"splits_file": "nowhere.json"}, "splits"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):
@@ -277,6 +279,62 @@ def test_two_runs_at_once_are_refused(tmp_path):
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another preparation is running"):
             prepare_dataset(root, out, **OPTIONS)
+
+
+def test_the_patients_frame_keeps_size_and_place(tmp_path):
+    root, out = make_patients(tmp_path / "in", 2), tmp_path / "out"
+    write_labels(root / "patient_00" / "seg.nii.gz")
+    prepare_dataset(root, out, **OPTIONS, frame="patient")
+    cubes: dict[str, list] = {}
+    for row in rows_of(out):
+        blocks = load_sparse_sdf(out / "sparse_sdf" / f"{row['sha256']}_r32.npz")
+        assert blocks.frame == row["frame"] == "patient"
+        cubes.setdefault(row["patient_id"], []).append(blocks.to_world)
+    shared = max(cubes.values(), key=len)
+    assert len(shared) == 3 and all(np.array_equal(matrix, shared[0]) for matrix in shared)
+    write_labels(root / "patient_00" / "more.nii.gz", scale=3.0)  # a larger box for all of that patient, no other
+    assert prepare_dataset(root, out, **OPTIONS, frame="patient").n_computed == 1 + 3 + 2
+
+
+def test_a_fixed_frame_keeps_size_and_refuses_what_does_not_fit(tmp_path):
+    root, out = make_patients(tmp_path / "in", 3), tmp_path / "out"  # longest sides 20, 22, 24 mm
+    summary = prepare_dataset(root, out, **OPTIONS, frame="fixed-mm:24")
+    assert summary.n_failed == 1 and "does not fit frame fixed-mm:24" in summary.failures[0]["reason"]
+    for row in rows_of(out):
+        if not row["error"]:
+            blocks = load_sparse_sdf(out / "sparse_sdf" / f"{row['sha256']}_r32.npz")
+            assert blocks.to_world[0, 0] == 24 and blocks.frame == "fixed-mm:24"
+    assert prepare_dataset(root, out, **OPTIONS, frame="fixed-mm:24").n_computed == 0
+    assert prepare_dataset(root, out, **OPTIONS, frame="fixed-mm:30").n_computed == 6
+
+
+def test_given_splits(tmp_path):
+    root, out = make_patients(tmp_path / "in", 5), tmp_path / "out"
+    write_labels(root / "patient_04" / "case_7.nii.gz")
+    table = tmp_path / "splits_final.json"
+    folds = [{"train": [], "val": []}, {"train": ["patient_00", "patient_03"], "val": ["patient_02", "case_7"]}]
+    table.write_text(json.dumps(folds))
+    summary = prepare_dataset(root, out, **OPTIONS, splits_file=table, fold=1, keep_patient_ids=True)
+    splits = {row["patient_id"]: row["split"] for row in rows_of(out)}
+    assert splits == {
+        "patient_00": "train", "patient_01": "", "patient_02": "val", "patient_03": "train", "patient_04": "val",
+    }  # fmt: skip
+    assert any("1 patients are in none" in warning for warning in summary.warnings)
+    sizes = [len(SparseSDF(out, resolution=32, split=split)) for split in ("train", "val", "all")]
+    assert sizes == [2, 4, 7]
+    drawn = prepare_dataset(root, out, **OPTIONS, keep_patient_ids=True)
+    assert sorted(drawn.patients.values()) == [1, 1, 3], "what was given does not stick when it is drawn again"
+    folds[1]["train"].append("patient_04")
+    table.write_text(json.dumps(folds))
+    with pytest.raises(ValueError, match="two splits, train and val|two splits, val and train"):
+        prepare_dataset(root, out, **OPTIONS, splits_file=table, fold=1)
+    for content, message in (
+        ([], "fold"), ({"a": []}, "lists named"), ({"train": ["a"], "val": ["a"]}, "a is in two splits"),
+        ({"train": "a"}, "list of names"), ({"train": ["nobody"]}, "none of the patients"),
+    ):  # fmt: skip
+        table.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            prepare_dataset(root, out, **OPTIONS, splits_file=table)
 
 
 def test_schema_1_on_request(tmp_path):

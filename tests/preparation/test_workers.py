@@ -15,6 +15,7 @@ import pytest
 from preparation_shapes import make_patients
 
 from trellis.preparation.execution import open_runner
+from trellis.preparation.local_pool import open_pool
 from trellis.preparation.prepare import prepare_dataset
 from trellis.utils.io_utils import load_sparse_sdf
 
@@ -43,16 +44,59 @@ def lost(task, reason):
 def test_a_task_that_kills_its_worker_is_given_up_and_the_rest_is_done():
     with open_runner(workers=2) as run:
         results = dict(run(die_on_three, list(range(8)), lost))
-        assert "worker process died" in results.pop(3)
+        assert results.pop(3) == "its worker process died 3 times"
         assert results == {x: 2 * x for x in range(8) if x != 3}
         results = dict(run(fail_on_two, list(range(4)), lost))
         assert results == {0: 0, 1: 1, 2: "RuntimeError: a bug", 3: 3}
         assert dict(run(double, [], lost)) == {}
 
 
+def take_memory(x):
+    held = bytearray(x << 20)
+    time.sleep(5 if x > 100 else 0)
+    return len(held) >> 20
+
+
+def test_a_task_that_takes_too_much_memory_is_ended():
+    with open_pool(1, memory_bytes=200 << 20) as pool:
+        results = dict(pool.run(take_memory, [300, 1], lost))
+    assert "needs more than 0.2 GiB" in results[300] and results[1] == 1
+
+
+def test_workers_are_gone_afterwards_however_it_ends():
+    with pytest.raises(RuntimeError), open_runner(workers=2) as run:
+        pids = set(dict(run(pid_of_worker, list(range(6)), lost)).values())
+        assert 1 <= len(pids) <= 2 and os.getpid() not in pids
+        raise RuntimeError("stop")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def pid_of_worker(_):
+    time.sleep(0.05)
+    return os.getpid()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_no_scheduler_there():
     with pytest.raises(ValueError, match="scheduler"), open_runner(scheduler="not an address"):
         pass
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dask_scheduler(tmp_path):
+    from distributed import LocalCluster
+
+    cluster = LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None,
+        silence_logs=50, local_directory=str(tmp_path / "dask"),
+    )  # fmt: skip
+    with cluster:
+        with open_runner(scheduler=cluster.scheduler_address) as run:
+            assert dict(run(fail_on_two, list(range(4)), lost)) == {0: 0, 1: 1, 2: "RuntimeError: a bug", 3: 3}
+        root, out = make_patients(tmp_path / "in", 3), tmp_path / "out"
+        options = {"resolutions": (32,), "progress": False, "scheduler": cluster.scheduler_address}
+        assert prepare_dataset(root, out, **options).exit_code == 0
+    assert prepare_dataset(root, out, resolutions=(32,), progress=False).n_computed == 0
 
 
 def test_a_killed_run_continues(tmp_path):

@@ -309,12 +309,13 @@ def _items_of_metadata(root: Path, resolution: int, split: str) -> tuple[list[It
         raise ValueError(f"{root / 'metadata.csv'}: column sha256 is missing; columns present: {', '.join(columns)}")
     if "split" not in columns:
         logger.warning("%s has no column split: every shape counts as training data", root / "metadata.csv")
+    _check_patients(root, rows)
     items, refused = [], []
     for number, row in enumerate(rows, start=2):
         name = row["sha256"] or ""
         if not _SAFE_ID.fullmatch(name):
             raise ValueError(f"{root / 'metadata.csv'}, line {number}: sha256 must be a plain id, got {name!r}")
-        if split not in ("all", row.get("split") or "train"):
+        if split not in ("all", row.get("split", "train")):
             continue
         path = root / "sparse_sdf" / f"{name}_r{resolution}.npz"
         column = f"r{resolution}_num_voxels"
@@ -327,6 +328,16 @@ def _items_of_metadata(root: Path, resolution: int, split: str) -> tuple[list[It
             continue
         items.append(Item(name, path, row.get("label") or "", row.get("patient_id") or "", _int(count, root, number)))
     return items, refused
+
+
+def _check_patients(root: Path, rows: Sequence[dict[str, str]]) -> None:
+    """ValueError for a patient whose shapes are in two splits: figures on such a split mean nothing."""
+    splits: dict[str, str] = {}
+    for row in rows:
+        patient, split = row.get("patient_id"), row.get("split")
+        if patient and split and splits.setdefault(patient, split) != split:
+            both = f"{splits[patient]} and {split}"
+            raise ValueError(f"{root / 'metadata.csv'}: patient {patient} is in two splits, {both}")
 
 
 def _int(text: str | None, root: Path, line: int) -> int | None:

@@ -77,7 +77,13 @@ def build_metadata(
     warnings += _thin_warnings(rows, run["resolutions"])
     done = {row["patient_id"] for row in rows if not row["error"]}
     keys = {patient: patient_order_key(seed, contents[patient]) for patient in done}
-    splits = assign_splits(keys, fractions=fractions, previous=_previous_splits(out, seed, fractions))
+    given = _given_splits(parts)
+    if given is None:
+        splits = assign_splits(keys, fractions=fractions, previous=_previous_splits(out, seed, fractions))
+    else:
+        splits = {patient: given[patient] for patient in done if patient in given}
+        if len(splits) < len(done):
+            warnings.append(f"{len(done) - len(splits)} patients are in none of the given splits")
     for row in rows:
         row["split"] = splits.get(row["patient_id"], "")
     rows += [_failed_row(entry, record) for _, record in sources for entry in record["failures"] if "label" in entry]
@@ -89,7 +95,11 @@ def build_metadata(
     _write_csv(out / records.ERRORS_NAME, error_columns, failures)
     write_json(
         out / records.SPLITS_NAME,
-        {"seed": seed, "fractions": list(fractions), "patients": dict(sorted(splits.items()))},
+        {
+            "seed": None if given is not None else seed,
+            "fractions": None if given is not None else list(fractions),
+            "patients": dict(sorted(splits.items())),
+        },
     )
     return Tables(
         rows=rows,
@@ -111,7 +121,7 @@ def _complete_run(out: Path) -> list[dict[str, Any]]:
     missing = sorted(set(range(sizes[0])) - {part["rank"] for part in parts})
     if missing:
         raise ValueError(f"{out}: ranks {missing} of {sizes[0]} have not finished")
-    shared = ("prep_hash", "resolutions", "seed", "keep_source_paths", "labels")
+    shared = ("prep_hash", "resolutions", "seed", "keep_source_paths", "labels", "frame")
     for name in shared:
         values = {repr(part[name]) for part in parts}
         if len(values) > 1:
@@ -152,7 +162,8 @@ def _row(out: Path, shape: dict[str, Any], run: dict[str, Any]) -> tuple[dict[st
     row: dict[str, Any] = {
         "sha256": shape["sha256"], "label": shape["label"], "patient_id": shape["patient_id"],
         "num_faces": shape["num_faces"], "is_watertight": shape["is_watertight"],
-        "volume_ml": f"{shape['volume_ml']:.6g}", "min_thickness_voxels": "", "source": shape.get("source", ""),
+        "volume_ml": f"{shape['volume_ml']:.6g}", "min_thickness_voxels": "", "frame": run["frame"],
+        "source": shape.get("source", ""),
     }  # fmt: skip
     failures = []
     for resolution in run["resolutions"]:
@@ -203,9 +214,23 @@ def _failed_row(failure: dict[str, Any], record: dict[str, Any]) -> dict[str, An
 
 def _columns(run: dict[str, Any]) -> list[str]:
     counts = [f"r{r}_num_{what}" for r in run["resolutions"] for what in ("voxels", "blocks")]
-    facts = ["num_faces", "is_watertight", "volume_ml", "min_thickness_voxels"]
+    facts = ["num_faces", "is_watertight", "volume_ml", "min_thickness_voxels", "frame"]
     source = ["source"] if run["keep_source_paths"] else []
     return ["sha256", "label", "patient_id", "split", *facts, *counts, *source, "error"]
+
+
+def _given_splits(parts: Sequence[dict[str, Any]]) -> dict[str, str] | None:
+    """Patient to split where the splits were given; ValueError where only some ranks, or not the same, were given."""
+    tables = [part["given_splits"] for part in parts]
+    if any((table is None) != (tables[0] is None) for table in tables):
+        raise ValueError("splits were given to some ranks and not to others; run them again")
+    if tables[0] is None:
+        return None
+    merged: dict[str, str] = {}
+    for patient, split in (pair for table in tables for pair in table.items()):
+        if merged.setdefault(patient, split) != split:
+            raise ValueError(f"patient {patient} is in two splits, {merged[patient]} and {split}")
+    return merged
 
 
 def _previous_splits(out: Path, seed: int, fractions: tuple[float, float, float]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any
 from trellis.preparation import records
 from trellis.preparation.discover import Discovery, Source, find_sources
 from trellis.preparation.execution import Runner, open_runner
+from trellis.preparation.frames import cube_of, parse_frame
+from trellis.preparation.given_splits import read_splits, splits_of_patients
 from trellis.preparation.metadata import Tables, build_metadata
 from trellis.preparation.privacy import KEY_NAME, load_or_create_key, pseudonym
 from trellis.preparation.progress import progress_bar
@@ -75,6 +77,9 @@ def prepare_dataset(
     labels: Sequence[str | int] | None = None,
     max_hole_mm: float | None = None,
     nested: str = "cavity",
+    frame: str = "shape",
+    splits_file: str | Path | None = None,
+    fold: int = 0,
     schema: int = 2,
     device: str = "cpu",
     rank: int = 0,
@@ -95,14 +100,14 @@ def prepare_dataset(
         key_file: the secret behind pseudonyms, default OUT/.patient_key; keep it, and do not pass it on.
         seed, split_fractions: of the split by patients. labels: numbers or names that are kept, None for all.
         max_hole_mm, nested: see `trellis.utils.mesh_repair.clean_mesh`. schema: of the npz files.
-        device: where distances are computed. rank, world_size: take every world_size-th source, and leave the tables
+        frame: "shape", "patient" or "fixed-mm:SIZE", the cube of each shape.
+        splits_file, fold: take the split from a file (see `read_splits`) instead of drawing it.
+        device: where distances are computed. rank, world_size: take every world_size-th patient, and leave the tables
             to `trellis.preparation.metadata.build_metadata`, which merges the ranks.
         retry_failed: try again what failed for good (what failed for want of memory or disk always is).
         prune_stale: remove files of shapes, sources and settings that are not present any more (else they stay, and
             are counted).
         progress: show a bar on stderr.
-
-    Local workers are spawned processes: a script that calls this needs the `if __name__ == "__main__"` guard.
 
     Raises:
         ValueError: an argument breaks its rule, or there is nothing to prepare.
@@ -110,23 +115,32 @@ def prepare_dataset(
     start = time.perf_counter()
     settings = PrepareSettings(
         resolutions=tuple(resolutions), band_voxels=band_voxels, mesh_space=mesh_space, max_hole_mm=max_hole_mm,
-        nested=nested, labels=None if labels is None else tuple(map(str, labels)), schema=schema, device=device,
+        nested=nested, labels=None if labels is None else tuple(map(str, labels)), schema=schema, frame=frame,
+        device=device,
     )  # fmt: skip
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be at least 0 and below world_size, got rank {rank} of {world_size}")
     data_root, out = Path(data_root), Path(out)
     if out.resolve() == data_root.resolve():
         raise ValueError(f"OUT must be another folder than DATA_ROOT, got {out} for both")
+    given = None if splits_file is None else read_splits(splits_file, fold)
     found = find_sources(data_root, patient_regex=patient_regex, exclude=out)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out, exclusive=world_size == 1):
         key = load_or_create_key(key_file or out / KEY_NAME)
+        patients = sorted({source.patient for source in found.sources})
+        if given is not None:
+            shown = {name: name if keep_patient_ids else pseudonym(key, "patient", name) for name in patients}
+            given = {shown[name]: split for name, split in splits_of_patients(found.sources, given, shown).items()}
+        mine = set(patients[rank::world_size])
         tasks = [
             _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths)
-            for source in found.sources[rank::world_size]
+            for source in found.sources
+            if source.patient in mine
         ]
         computed = _run(tasks, out, settings, workers, scheduler, retry_failed, progress)
         manifest = _manifest(found, tasks, settings, key, rank, world_size, seed, keep_source_paths)
+        manifest["given_splits"] = given
         _write_manifest(out, manifest)
         if world_size > 1:
             return _summary_of_rank(out, manifest, computed, time.perf_counter() - start)
@@ -209,6 +223,10 @@ def _sdf_tasks(
         record = known.get(key)
         for shape in record["shapes"] if record else []:
             owners.setdefault(shape["sha256"], (shape, record))
+    frame = parse_frame(settings.frame)
+    boxes: dict[str, list[list[list[float]]]] = {}
+    for shape, record in owners.values():
+        boxes.setdefault(record["patient_id"], []).append(shape["box_mm"])
     result = []
     for resolution in reversed(settings.resolutions):
         for sha256, (shape, record) in owners.items():
@@ -216,10 +234,16 @@ def _sdf_tasks(
                 "prep_hash": settings.prep_hash,
                 "patient_id": record["patient_id"],
                 "truth_bytes": shape["truth_bytes"],
+                "to_world": None,
             }
+            refusal = None
+            try:
+                expected["to_world"] = cube_of(frame, shape["box_mm"], boxes[record["patient_id"]]).tolist()
+            except ValueError as error:
+                refusal = str(error)
             done = records.read_record(records.sdf_record_path(out, sha256, resolution))
             if not records.sdf_is_current(out, done, expected, sha256, resolution, retry_failed):
-                result.append(SDFTask(sha256, shape["label"], resolution, out, settings, expected))
+                result.append(SDFTask(sha256, shape["label"], resolution, out, settings, expected, refusal))
     return result
 
 
@@ -246,7 +270,7 @@ def _manifest(
         failures.append({**entry, "source": relative} if keep_source_paths else entry)
     return {
         "rank": rank, "world_size": world_size, "seed": seed, "prep_hash": settings.prep_hash,
-        "resolutions": list(settings.resolutions), "keep_source_paths": keep_source_paths,
+        "resolutions": list(settings.resolutions), "keep_source_paths": keep_source_paths, "frame": settings.frame,
         "labels": None if settings.labels is None else list(settings.labels),
         "sources": [task.key for task in tasks], "failures": failures,
     }  # fmt: skip

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,23 +186,3 @@ def _dataset_checks(out: Path) -> list[Check]:
         Check("training tensors", f"{len(dataset)} shapes, {n_blocks} blocks, levels {batch['level_sizes']}",
               batch["level_sizes"][3] == n_blocks and bool(batch["active"].any(dim=1).all()))
     ]  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print one line a check. Exit code: 0 all right, 1 something is wrong."""
-    parser = argparse.ArgumentParser(prog="bash scripts/test_data_preprocessing.sh", description=__doc__)
-    parser.add_argument("--keep", metavar="FOLDER", help="leave data and results there")
-    parser.add_argument("--workers", type=int, help="local processes; 0: this process alone")
-    args = parser.parse_args(argv)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        checks = run_checks(Path(args.keep or scratch), workers=args.workers)
-    for check in checks:
-        print(f"{'ok   ' if check.ok else 'WRONG'} {check.what}: {check.value}")
-    wrong = sum(not check.ok for check in checks)
-    print(f"{len(checks) - wrong} of {len(checks)} checks passed in {time.perf_counter() - start:.1f} s")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,10 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
+from trellis.preparation.frames import parse_frame
 from trellis.utils.blocks import BAND_VOXELS, check_resolution
 
-PREP_VERSION = 2
+PREP_VERSION = 3
 """Raised whenever the same settings give other files, so that old ones are made anew."""
 
 MESH_SPACES = ("LPS", "RAS")
@@ -28,6 +29,7 @@ class PrepareSettings:
         nested: what a closed surface inside another means, "cavity" or "solid".
         labels: label numbers or names that are kept, None for all.
         schema: of the npz files, 2 or 1.
+        frame: "shape", "patient" or "fixed-mm:SIZE", the cube of each shape.
         device: where distances are computed, "cpu" or "cuda"; does not change the files.
     """
 
@@ -38,6 +40,7 @@ class PrepareSettings:
     nested: str = "cavity"
     labels: tuple[str, ...] | None = None
     schema: int = 2
+    frame: str = "shape"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -59,6 +62,7 @@ class PrepareSettings:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+        parse_frame(self.frame)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from trellis.preparation import records
 from trellis.preparation.discover import MESH
+from trellis.preparation.frames import box_of
 from trellis.preparation.privacy import label_without_patient, names_of, scrub, scrubbed_logs
 from trellis.preparation.settings import PrepareSettings
 from trellis.utils.io_utils import save_sparse_sdf, sha256_of_file
@@ -43,7 +44,7 @@ class SourceTask:
 
 @dataclass(frozen=True)
 class SDFTask:
-    """One shape at one resolution."""
+    """One shape at one resolution; `expected` holds its cube, `refusal` says why it has none."""
 
     sha256: str
     label: str
@@ -51,6 +52,7 @@ class SDFTask:
     out: Path
     settings: PrepareSettings
     expected: dict[str, Any]
+    refusal: str | None = None
 
 
 def failure(identity: str, stage: str, error: BaseException | str, *, names: list[str] | None = None) -> dict[str, Any]:
@@ -106,20 +108,21 @@ def names_of_labels(
 ) -> dict[int, str]:
     """Label number to the name of its shape, of those wanted (by number or name); a name that occurs twice gets its
     number behind it, a label without a name is called by its number."""
-    labels = {number: names.get(number) or str(number) for number in numbers}
-    if wanted is not None:
-        labels = {number: name for number, name in labels.items() if name in wanted or str(number) in wanted}
-    counts = Counter(labels.values())
-    return {number: f"{name}_{number}" if counts[name] > 1 else name for number, name in labels.items()}
+    plain = {number: names.get(number) or str(number) for number in numbers}
+    counts = Counter(plain.values())  # over all labels: what a shape is called must not depend on the choice
+    labels = {number: f"{name}_{number}" if counts[name] > 1 else name for number, name in plain.items()}
+    if wanted is None:
+        return labels
+    return {number: label for number, label in labels.items() if {label, plain[number], str(number)} & set(wanted)}
 
 
 def _surfaces(task: SourceTask, record: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Label to surface (vertices RAS mm, faces) of the labels that are wanted."""
     wanted = task.settings.labels
     if task.kind == MESH:
-        from trellis.utils.mesh_utils import read_mesh
+        from trellis.utils.mesh_utils import mesh_stem, read_mesh
 
-        mesh_label = task.path.name.split(".")[0]
+        mesh_label = mesh_stem(task.path)
         if not task.keep_patient_ids and "/" in task.relative:
             mesh_label = label_without_patient(mesh_label, task.patient)
         if wanted is not None and mesh_label not in wanted:
@@ -165,6 +168,7 @@ def _write_truth(
         "repairs": repairs,
         "volume_ml": volume_mm3 / 1000,
         "min_thickness_mm": thickness if np.isfinite(thickness) else None,
+        "box_mm": box_of(vertices),
         "truth_bytes": path.stat().st_size,
     }
 
@@ -177,12 +181,16 @@ def compute_sdf(task: SDFTask) -> dict[str, Any]:
         from trellis.geometry.sdf import mesh_to_sparse_sdf
         from trellis.utils.mesh_utils import read_mesh
 
+        if task.refusal:
+            raise ValueError(task.refusal)
         mesh = read_mesh(records.truth_path(task.out, task.sha256), mesh_space="RAS")
         options = {"band_voxels": task.settings.band_voxels, "device": task.settings.device}
-        blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, task.resolution, **options)
+        cube = np.array(task.expected["to_world"])
+        blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, task.resolution, to_world=cube, **options)
         blocks = dataclasses.replace(
-            blocks, label=task.label, patient_id=task.expected["patient_id"], prep_hash=task.expected["prep_hash"]
-        )
+            blocks, label=task.label, patient_id=task.expected["patient_id"], prep_hash=task.expected["prep_hash"],
+            frame=task.settings.frame,
+        )  # fmt: skip
         path = records.sdf_path(task.out, task.sha256, task.resolution)
         save_sparse_sdf(path, blocks, schema=task.settings.schema)
         record |= {

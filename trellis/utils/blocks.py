@@ -20,7 +20,8 @@ def check_resolution(resolution: int) -> int:
     value = int(resolution)
     if value != resolution or value % STORAGE_BLOCK or not MIN_RESOLUTION <= value <= MAX_RESOLUTION:
         raise ValueError(
-            f"resolution must be a multiple of {STORAGE_BLOCK} from {MIN_RESOLUTION} to {MAX_RESOLUTION}, got {resolution}"
+            f"resolution must be a multiple of {STORAGE_BLOCK} from {MIN_RESOLUTION} to {MAX_RESOLUTION}, "
+            f"got {resolution}"
         )
     return value
 
@@ -80,6 +81,7 @@ class SparseSDFBlocks:
         resolution: voxels per side of the cube.
         band_voxels: half-width of the band in voxels.
         label, patient_id, prep_hash: text that travels with the shape.
+        frame: whose cube it is, "shape", "patient" or "fixed-mm:SIZE".
     """
 
     block_index: np.ndarray
@@ -90,6 +92,7 @@ class SparseSDFBlocks:
     label: str = ""
     patient_id: str = ""
     prep_hash: str = ""
+    frame: str = "shape"
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)

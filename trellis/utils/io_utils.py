@@ -81,6 +81,7 @@ def save_sparse_sdf(path: str | Path, blocks: SparseSDFBlocks, *, schema: int = 
             "label": np.str_(blocks.label),
             "patient_id": np.str_(blocks.patient_id),
             "prep_hash": np.str_(blocks.prep_hash),
+            "frame": np.str_(blocks.frame),
         }
     else:
         raise ValueError(f"schema must be 1 or {SCHEMA_VERSION}, got {schema}")
@@ -161,6 +162,7 @@ def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:
         label=str(fields.get("label", "")),
         patient_id=str(fields.get("patient_id", "")),
         prep_hash=str(fields.get("prep_hash", "")),
+        frame=str(fields.get("frame", "shape")),
     )
     if not within_unit_interval(blocks.block_sdf):
         raise ValueError("block_sdf must lie in [-1, 1] without NaN")

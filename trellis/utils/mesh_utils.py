@@ -95,11 +95,12 @@ def read_mesh(path: str | Path, *, mesh_space: str = "LPS") -> Mesh:
         raise ValueError(f"{path}: not a readable {mesh_suffix(path) or 'FreeSurfer'} mesh: {reason}") from error
     if (raw.space or mesh_space) == "LPS":
         vertices = swap_lps_ras(vertices)
-    return Mesh(vertices, faces, name=_stem(path))
+    return Mesh(vertices, faces, name=mesh_stem(path))
 
 
-def _stem(path: Path) -> str:
-    name = path.name
+def mesh_stem(path: str | Path) -> str:
+    """A mesh file's name without its format's suffix ("lh.pial" and "liver.v2" of "liver.v2.stl" keep their dots)."""
+    name = Path(path).name
     for suffix in (".surf.gii.gz", ".gii.gz", ".surf.gii", *READERS):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
