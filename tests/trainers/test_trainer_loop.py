@@ -12,6 +12,7 @@ import torch
 from training_cases import read_log, tiny_config, write_config, write_dataset
 
 from trellis.config import InputError
+from trellis.trainers import base
 from trellis.trainers.base import Trainer
 from trellis.trainers.build import RunOptions, build_trainer, differing_keys
 from trellis.trainers.checkpoint import CheckpointError, find_checkpoint, load_misc, load_weights
@@ -246,3 +247,27 @@ def test_summary_and_differences(tmp_path: Path, prepared: Path):
     assert "quantizer.codebook" in text and "trained parameters" in text
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == tiny_config()
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": None}) == ["a.c"]
+
+
+@pytest.mark.parametrize("mode", ["inflat_all", "amp", "bf16"])
+def test_number_formats_train_the_real_model(tmp_path: Path, prepared: Path, mode: str, monkeypatch):
+    """What these modes do on CUDA, on a CPU: the losses are those of float32 within the format's precision."""
+    monkeypatch.setattr(base, "mode_on_device", lambda mode, device: mode)
+    losses = {}
+    for fp16_mode in (None, mode):
+        config = tiny_config(max_steps=4, fp16_mode=fp16_mode, optimizer={"name": "AdamW", "args": {"lr": 1e-4}})
+        trainer = build(tmp_path, prepared, config, f"run_{fp16_mode}")
+        if trainer.precision.scales_loss:  # below the first overflow: a skipped step would put the runs out of step
+            state = trainer.precision.state_dict()
+            scaler = {**state["scaler"], "scale": 1024.0}
+            trainer.precision.load_state_dict({**state, "log_scale": 10.0, "scaler": scaler})
+        assert trainer.run() == 0
+        losses[fp16_mode] = [r["mse_band"] for r in read_log(tmp_path / f"run_{fp16_mode}")]
+        scales = [r.get("loss_scale") for r in read_log(tmp_path / f"run_{fp16_mode}")]
+    assert losses[mode] == pytest.approx(losses[None], rel=0.03)
+    assert scales[0] == (None if mode == "bf16" else 1024.0)
+    weights = trainer.precision.weights()
+    assert all(t.dtype == torch.float32 for t in weights.values() if t.is_floating_point())
+    again = build(tmp_path, prepared, config, f"run_{mode}")
+    assert again.step == 4 and all(torch.equal(t, weights[name]) for name, t in again.precision.weights().items())
+    assert again.precision.loss_scale == trainer.precision.loss_scale

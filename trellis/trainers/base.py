@@ -72,7 +72,7 @@ class Trainer:
         model_name: name of the checkpoints' files.
         model: on `device`, its weights as training shall start.
         dataset: `len` and samples by (epoch, index).
-        metadata: text for the weights files.
+        metadata: plain values for the weights files.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Trainer:
         *,
         ranks: Ranks,
         device: torch.device,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, Any],
     ) -> None:
         self.args, self.objective, self.dataset = args, objective, dataset
         self.model_name, self.model = model_name, model

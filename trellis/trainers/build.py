@@ -88,7 +88,7 @@ def build_trainer(options: RunOptions, ranks: Ranks, device: torch.device) -> Tr
     model.to(device)
     output = Path(options.output_dir)
     objective = SparseSDFVQVAEObjective(model, args, device=device)
-    metadata = {"class": config.model.name, "args": json.dumps(config.model.args), "model": config.model_name}
+    metadata = {"class": config.model.name, "args": config.model.args, "model": config.model_name}
     trainer = Trainer(
         args, objective, config.model_name, model, dataset, output, ranks=ranks, device=device, metadata=metadata
     )

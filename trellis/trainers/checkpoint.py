@@ -58,13 +58,13 @@ def save_checkpoint(
     weights: Mapping[str, torch.Tensor],
     ema: Mapping[float, Mapping[str, torch.Tensor]],
     misc: Mapping[str, Any],
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, Any],
 ) -> Path:
     """Write a checkpoint: the files, each atomically, and last the manifest with their sizes and hashes.
 
     Args:
         misc: tensors and plain containers only; it is read with `weights_only=True`.
-        metadata: text that goes into the weights files.
+        metadata: plain values that go into the weights files, as JSON under one key.
 
     Returns:
         The manifest's path.
@@ -77,7 +77,7 @@ def save_checkpoint(
     manifest_path = folder / f"step{step:07d}.json"
     contents = {"model": _safetensors_bytes(weights, metadata)}
     for rate, tensors in ema.items():
-        contents[f"ema{rate}"] = _safetensors_bytes(tensors, {**metadata, "ema_rate": str(rate)})
+        contents[f"ema{rate}"] = _safetensors_bytes(tensors, {**metadata, "ema_rate": rate})
     buffer = io.BytesIO()
     torch.save(dict(misc), buffer)
     contents["misc"] = buffer.getbuffer()
@@ -106,9 +106,10 @@ def save_checkpoint(
     return manifest_path
 
 
-def _safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+def _safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> bytes:
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(copies, metadata={"format": "pt", **metadata})
+    # One key: the format's writer puts several in an arbitrary order, and equal weights shall be equal files.
+    return safetensors.torch.save(copies, metadata={"trellis_vqvae": json.dumps(dict(metadata), sort_keys=True)})
 
 
 def manifest_steps(folder: str | Path) -> list[int]:
