@@ -104,25 +104,44 @@ def test_slicer_style_tags(tmp_path: Path):
         read_mesh(path)
 
 
+@pytest.mark.parametrize("binary", [False, True])
 @pytest.mark.parametrize("suffix", ["vtk", "vtp"])
-def test_vtk_files(tmp_path: Path, suffix: str):
+def test_vtk_files(tmp_path: Path, suffix: str, binary: bool):
     import pyvista
 
     vertices, faces = lopsided_tetrahedron()
     path = tmp_path / f"shape.{suffix}"
     poly = pyvista.PolyData.from_regular_faces(vertices, faces)
-    poly.save(path, binary=False)
+    poly["scalars"] = np.arange(4.0)
+    poly.add_field_data(np.arange(3), "numbers")
+    poly.add_field_data(["two words", "b"], "strings")
+    poly.save(path, binary=binary)
     mesh = read_mesh(path, mesh_space="RAS")
     assert_same_mesh(mesh.vertices, mesh.faces, vertices, faces)
     if suffix == "vtp":
         poly.add_field_data(["LPS"], "SPACE")
         poly.save(path)
     else:
-        lines = path.read_text().split("\n")
-        lines[1] = "3D Slicer output. SPACE=LPS"
-        path.write_text("\n".join(lines))
+        lines = path.read_bytes().split(b"\n")
+        lines[1] = b"3D Slicer output. SPACE=LPS"
+        path.write_bytes(b"\n".join(lines))
     mesh = read_mesh(path, mesh_space="RAS")
     assert_same_mesh(mesh.vertices, mesh.faces, vertices * [-1, -1, 1], faces)
+
+
+def test_old_vtk_layout_and_strips(tmp_path: Path):
+    path = tmp_path / "old.vtk"
+    path.write_text(
+        "# vtk DataFile Version 3.0\nSPACE=RAS\nASCII\nDATASET POLYDATA\nPOINTS 5 float\n0 0 0 1 0 0\n1 1 0 0 1 0\n"
+        "0 2 0\nPOLYGONS 2 9\n4 0 1 2 3\n3 3 2 4\nTRIANGLE_STRIPS 1 5\n4 0 1 3 2\nPOINT_DATA 5\nwhatever\n"
+    )
+    np.testing.assert_array_equal(
+        read_mesh(path).faces, [[0, 1, 2], [0, 2, 3], [3, 2, 4], [0, 1, 3], [2, 3, 1]]
+    )
+    for wrong in (("9\n", "99\n"), ("POLYGONS 2", "POLYGONS 3"), ("POINTS 5", "POINTS 5000000"), ("ASCII", "TEXT")):
+        (tmp_path / "bad.vtk").write_text(path.read_text().replace(*wrong))
+        with pytest.raises(ValueError, match="bad.vtk"):
+            read_mesh(tmp_path / "bad.vtk")
 
 
 def write_gifti(path: Path, vertices, faces, *, dataspace=0, xformspace=0, xform=None, meta=None):

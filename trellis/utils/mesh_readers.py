@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from trellis.utils.mesh_text import parse_obj, parse_off, parse_ply
+from trellis.utils.mesh_vtk import parse_vtk
 from trellis.utils.mesh_writers import STL_TRIANGLE
 
 log = logging.getLogger(__name__)
 
 MESH_SPACES = ("LPS", "RAS")
+DEFLATE_MAX_RATIO = 1032
+"""Deflate cannot pack better than this."""
 MAX_UNPACKED_BYTES = 4 << 30
 """Most bytes that a compressed mesh may unpack to."""
 
@@ -264,24 +267,23 @@ def read_freesurfer(path: Path) -> RawMesh:
 
 def read_vtk(path: Path) -> RawMesh:
     """Legacy VTK poly data; the title line may carry the space tag."""
-    title = path.open("rb").read(512).split(b"\n")[:2]
-    if not title[0].startswith(b"# vtk DataFile"):
-        raise ValueError("a legacy VTK file starts with '# vtk DataFile'")
-    return _from_vtk(path, find_space_tag(b"\n".join(title)))
+    data = path.read_bytes()
+    return RawMesh(*parse_vtk(data), find_space_tag(b"\n".join(data[:512].split(b"\n")[:2])))
 
 
 def read_vtp(path: Path) -> RawMesh:
     """VTK XML poly data; a string field SPACE carries the space tag."""
-    return _from_vtk(path, None)
-
-
-def _from_vtk(path: Path, space: str | None) -> RawMesh:
     import pyvista
 
+    data = path.read_bytes()
+    for count in re.findall(rb"Number(?:Of\w+)\s*=\s*[\"']\s*(\d+)", data):
+        if int(count) > len(data) * DEFLATE_MAX_RATIO:
+            raise ValueError(f"it announces {int(count)} elements, and the file has {len(data)} bytes: truncated")
     mesh = pyvista.read(path)
     if not isinstance(mesh, pyvista.PolyData):
         raise ValueError(f"a surface (PolyData) is needed, got {type(mesh).__name__}")
-    if space is None and "SPACE" in mesh.field_data:
+    space = None
+    if "SPACE" in mesh.field_data:
         space = find_space_tag(f"SPACE={np.asarray(mesh.field_data['SPACE']).ravel()[0]}".encode())
     if mesh.n_strips or not mesh.is_all_triangles:
         mesh = mesh.triangulate()
