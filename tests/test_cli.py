@@ -163,6 +163,61 @@ def test_encode_of_a_label_volume_and_back_onto_its_grid(model_folder, volume_fi
     np.testing.assert_allclose(np.abs(np.diag(nibabel.load(masks / f"{labels['2'].stem}.nii.gz").affine)[:3]), 2)
 
 
+def test_all_shapes_of_a_patient_into_one_volume(model_folder, volume_file, tmp_path):
+    import nibabel
+
+    tokens, out = tmp_path / "tokens", tmp_path / "out"
+    assert run("encode", model_folder, volume_file, "-o", tokens, "--device", "cpu").exit_code == 0
+    refused = run("decode", model_folder, tokens, "-o", out, "--format", "nii.gz", "--merge", "all")
+    assert refused.exit_code == 2 and "--like" in refused.output
+    result = run(
+        "decode", model_folder, tokens, "-o", out, "--format", "nii.gz", "--like", volume_file, "--merge", "all"
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.iterdir()) == ["all.csv", "all.nii.gz"]
+    merged = np.asarray(nibabel.load(out / "all.nii.gz").dataobj)
+    assert merged.shape == (30, 26, 22) and set(np.unique(merged)) <= {0, 2, 7}
+    with open(out / "all.csv", newline="") as stream:
+        assert [(row["number"], row["label"]) for row in csv.DictReader(stream)] == [("2", "2"), ("7", "7")]
+
+
+def test_folder_of_plain_files_is_its_shapes(model_folder, mesh_file, volume_file, tmp_path):
+    (mesh_file.parent / "notes.txt").write_text("not a shape")
+    (mesh_file.parent / "labels.nii.gz").write_bytes(volume_file.read_bytes())
+    result = run("encode", model_folder, mesh_file.parent, "-o", tmp_path / "tokens", "--device", "cpu")
+    assert result.exit_code == 0 and len(list((tmp_path / "tokens").iterdir())) == 3, result.output
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run("encode", model_folder, empty, "-o", tmp_path / "tokens").exit_code == 2
+
+
+def test_bad_resolution_is_a_usage_error(model_folder, mesh_file, tmp_path):
+    result = run("encode", model_folder, mesh_file, "-o", tmp_path / "tokens", "--resolution", "500")
+    assert result.exit_code == 2 and "multiple of 8" in result.output
+
+
+def test_evaluate_writes_its_tables(model_folder, mesh_file, tmp_path):
+    from trellis.geometry.sdf import mesh_to_sparse_sdf
+    from trellis.utils.io_utils import save_sparse_sdf
+
+    data = tmp_path / "data"
+    save_sparse_sdf(data / "sparse_sdf" / f"{'a' * 64}_r32.npz", mesh_to_sparse_sdf(*box(), 32))
+    (data / "metadata.csv").write_text(f"sha256,label,patient_id,split,error\n{'a' * 64},box,p,test,\n")
+    out = tmp_path / "eval"
+    result = run("evaluate", model_folder, data, "-o", out, "--device", "cpu", "--worst", 0)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["n"] == 1 and summary["n_failed"] == 0 and 0 <= summary["dice"]["mean"] <= 1
+    assert "box" in result.output and "codes used" in result.output
+    baseline = run("evaluate", data, "-o", tmp_path / "tsdf", "--baseline", "tsdf", "--worst", 0)
+    assert baseline.exit_code == 0
+    assert json.loads((tmp_path / "tsdf" / "summary.json").read_text())["dice"]["mean"] == 1
+
+
+def test_version():
+    assert run("--version").output.startswith("trellis-vqvae 0.")
+
+
 def test_failures_are_recorded_and_the_rest_is_done(model_folder, mesh_file, tmp_path):
     broken = tmp_path / "in" / "secretname.stl"
     broken.write_bytes(mesh_file.read_bytes()[:100])

@@ -50,12 +50,25 @@ def test_noise_before_the_answer_is_ignored(monkeypatch):
 
 
 def test_missing_package_gets_one_line_of_advice(monkeypatch):
-    monkeypatch.setattr(doctor, "package_version", lambda name: None if name in ("nibabel", "triton") else "1.0")
+    monkeypatch.setattr(doctor, "package_version", lambda name: None if name in ("nibabel", "triton") else "99.0")
     found = {finding.name: finding for finding in doctor.packages()}
     assert not found["nibabel"].ok and found["nibabel"].essential and "pip install nibabel" in found["nibabel"].advice
     assert not found["triton"].ok and not found["triton"].essential
     assert found["numpy"].ok and not found["numpy"].advice
     assert set(found) == set(doctor.PACKAGES) | set(doctor.OPTIONAL_PACKAGES)
+
+
+def test_old_package_is_named_with_what_is_needed(monkeypatch):
+    monkeypatch.setattr(doctor, "package_version", lambda name: "2.4.1+cu121" if name == "torch" else "99.0")
+    monkeypatch.setattr(doctor, "lowest_versions", lambda: {"torch": "2.6", "numpy": "1.26"})
+    found = {finding.name: finding for finding in doctor.packages()}
+    assert not found["torch"].ok and "2.6 or newer" in found["torch"].detail and "torch>=2.6" in found["torch"].advice
+    assert found["numpy"].ok
+    assert doctor.numbers_of("2.13.0+cpu") > doctor.numbers_of("2.6") and doctor.numbers_of("nightly") == []
+
+
+def test_lowest_versions_are_the_projects():
+    assert doctor.lowest_versions()["torch"] == "2.6"
 
 
 def test_only_essential_findings_decide():

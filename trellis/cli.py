@@ -28,6 +28,23 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"trellis-vqvae {version('trellis-vqvae')}")
+        raise typer.Exit(EXIT_DONE)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version and exit", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Medical 3D shapes to discrete tokens and back: prepare, train, encode, decode, evaluate."""
+
+
 class Terminated(BaseException):
     """SIGTERM was received; not an Exception, so that nothing on the way swallows it."""
 
@@ -242,20 +259,28 @@ def decode(
     file_format: Annotated[str, typer.Option("--format", help="stl, ply, glb, obj, off or nii.gz")] = "stl",
     like: Annotated[Path | None, typer.Option(help="volume whose grid a nii.gz gets")] = None,
     spacing_mm: Annotated[float | None, typer.Option("--spacing-mm", help="cubic voxels of a nii.gz")] = None,
+    merge: Annotated[str | None, typer.Option(help="NAME of one label volume of all shapes; needs --like")] = None,
     mesh_space: Annotated[Space, typer.Option("--mesh-space", help="space that meshes are written in")] = Space.LPS,
     device: Device = None,
     no_ema: NoEma = False,
     debug: Debug = False,
 ) -> int:
     """Token files to meshes (or masks on a volume's grid) in millimetres, under the same stem."""
-    from trellis.pipelines.batch import VolumeGrid, decode_many
+    from trellis.pipelines.batch import decode_many, decode_together
+    from trellis.pipelines.label_volume import VolumeGrid
     from trellis.pipelines.tokenizer import SparseSDFTokenizer
 
     if like is not None and spacing_mm is not None:
         raise ValueError("--like and --spacing-mm exclude each other: one grid is needed")
     grid = VolumeGrid.like(like) if like else VolumeGrid(spacing_mm=spacing_mm) if spacing_mm is not None else None
+    if merge is not None and like is None:
+        raise ValueError("--merge needs --like REFERENCE: shapes have no grid in common")
     tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
     with progress_on_stderr("decoding") as progress:
+        if merge is not None and grid is not None:
+            name = merge if merge.endswith(".nii.gz") else f"{merge}.nii.gz"
+            outcome = decode_together(tokenizer, tokens, out / Path(name).name, grid, progress=progress)
+            return report_outcome(outcome, out, "files")
         outcome = decode_many(
             tokenizer, tokens, out, file_format=file_format, mesh_space=mesh_space.value, grid=grid, progress=progress
         )

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -125,18 +126,33 @@ def package_version(name: str) -> str | None:
 
 
 def packages() -> list[Finding]:
-    """Versions of what the project uses, and what is lost where one is missing."""
+    """Versions of what the project uses, and what is lost where one is missing or older than the project allows."""
     found = []
+    lowest = lowest_versions()
     for table, essential in ((PACKAGES, True), (OPTIONAL_PACKAGES, False)):
         for name, loss in table.items():
-            version = package_version(name)
-            found.append(
-                Finding(
-                    name, version or "missing", ok=version is not None, essential=essential,
-                    advice="" if version else loss,
-                )
-            )
+            version, needed = package_version(name), lowest.get(name.lower())
+            detail, advice = version or "missing", "" if version else loss
+            if version and needed and numbers_of(version) < numbers_of(needed):
+                detail, advice = f"{version}, {needed} or newer is needed", f"pip install -U '{name}>={needed}'"
+            found.append(Finding(name, detail, ok=not advice, essential=essential, advice=advice))
     return found
+
+
+def lowest_versions() -> dict[str, str]:
+    """Package (lower case) -> lowest version that the installed project's metadata allows; empty when not installed."""
+    try:
+        requirements = importlib.metadata.requires("trellis-vqvae") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    matches = (re.match(r"([A-Za-z0-9_.-]+)>=([\d.]+)", requirement) for requirement in requirements)
+    return {match[1].lower(): match[2] for match in matches if match}
+
+
+def numbers_of(version: str) -> list[int]:
+    """[2, 13, 0] of "2.13.0+cpu"; what follows the leading numbers does not count."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return [int(part) for part in match[0].split(".")] if match else []
 
 
 def find_devices(*, timeout_s: float) -> tuple[list[str], list[Finding]]:

@@ -71,26 +71,33 @@ def convolution(device: str) -> dict[str, Any]:
 
 
 def attention(device: str) -> dict[str, Any]:
-    """Window attention against a softmax over each window in float64."""
+    """The window attention layer against a softmax over each window in float64."""
     import torch
 
-    from trellis.modules.sparse.attention import windowed_attention
+    from trellis.modules.sparse.attention import WindowAttention
     from trellis.modules.sparse.levels import Topology
 
     generator = torch.Generator().manual_seed(0)
     cells = torch.randperm(12**3, generator=generator)[:300].sort().values
     coords = torch.stack([cells * 0, cells // 144, cells // 12 % 12, cells % 12], dim=1)
-    q, k, v = torch.randn(3, 300, 4, 64, generator=generator, dtype=torch.float64)
-    window = (coords[:, 1:] + 4) // 8
-    same = (window[:, None] == window[None]).all(-1)
-    scores = torch.einsum("ihd,jhd->hij", q, k) / 8
-    weights = torch.where(same, scores, -torch.inf).softmax(-1)
-    expected = torch.einsum("hij,jhd->ihd", weights, v)
-    plan = Topology(coords.to(device)).windows(8, 4)
-    worst = {}
-    for dtype in _dtypes(device):
-        got = windowed_attention(*(x.to(device, dtype) for x in (q, k, v)), plan)
-        worst[_name(dtype)] = _relative_error(got.cpu().double(), expected)
+    heads, channels = 4, 256
+    feats = torch.randn(300, channels, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)
+    layer = WindowAttention(channels, heads, window_size=8, shift=4)
+    with torch.no_grad():
+        qkv = feats @ layer.to_qkv.weight.double().T + layer.to_qkv.bias.double()
+        q, k, v = qkv.view(300, 3, heads, -1).unbind(1)
+        window = (coords[:, 1:] + 4) // 8
+        same = (window[:, None] == window[None]).all(-1)
+        scores = torch.einsum("ihd,jhd->hij", q, k) / (channels // heads) ** 0.5
+        weights = torch.where(same, scores, -torch.inf).softmax(-1)
+        mixed = torch.einsum("hij,jhd->ihd", weights, v).reshape(300, channels)
+        expected = mixed @ layer.to_out.weight.double().T + layer.to_out.bias.double()
+        layer.to(device)  # its weights stay float32 and are cast to the dtype of the activations
+        worst = {}
+        for dtype in _dtypes(device):
+            got = layer(feats.to(device, dtype), Topology(coords.to(device)))
+            worst[_name(dtype)] = _relative_error(got.cpu().double(), expected)
     return {"detail": _judge(worst, device)}
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from trellis.pipelines.label_volume import (
+    LabelPainter,
+    VolumeGrid,
+    label_numbers,
+    write_label_table,
+    write_nifti,
+)
 from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
-from trellis.pipelines.token_files import TOKEN_SUFFIX, load_tokens, save_tokens
+from trellis.pipelines.token_files import TOKEN_SUFFIX, Tokens, load_tokens, save_tokens
 from trellis.pipelines.tokenizer import SparseSDFTokenizer
 from trellis.utils.io_utils import atomic_write, sha256_of_file
+
+logger = logging.getLogger(__name__)
 
 MESH_FORMATS = ("stl", "ply", "glb", "obj", "off")
 VOLUME_FORMAT = "nii.gz"
@@ -146,35 +155,6 @@ def token_paths(inputs: Sequence[str | Path]) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-@dataclass(frozen=True)
-class VolumeGrid:
-    """Voxels to write a shape on: those of a reference (affine [4, 4], shape), or cubes of `spacing_mm` around it."""
-
-    affine: np.ndarray | None = None
-    shape: tuple[int, int, int] | None = None
-    spacing_mm: float | None = None
-
-    @classmethod
-    def like(cls, path: str | Path) -> VolumeGrid:
-        """The grid of any volume file that has a geometry, whatever its voxels hold."""
-        from trellis.geometry.volume_readers import read_raw_volume
-
-        raw = read_raw_volume(path)
-        if raw.affine is None:
-            raise ValueError(f"{path}: has no voxel spacing, and so no place in millimetres")
-        return cls(affine=raw.affine, shape=tuple(int(n) for n in raw.data.shape[:3]))
-
-    def voxels_inside(self, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """bool [X, Y, Z] of a mesh in RAS mm, and the affine of these voxels."""
-        from trellis.geometry.voxelize import grid_around, voxelize
-
-        if self.affine is not None and self.shape is not None:
-            affine, shape = self.affine, self.shape
-        else:
-            affine, shape = grid_around(vertices, float(self.spacing_mm or 0))
-        return voxelize(vertices, faces, affine, shape), affine
-
-
 def decode_many(
     tokenizer: SparseSDFTokenizer,
     inputs: Sequence[str | Path],
@@ -218,37 +198,87 @@ def decode_many(
     return outcome
 
 
-def _decode_one(
-    tokenizer: SparseSDFTokenizer, path: Path, target: Path, mesh_space: str, grid: VolumeGrid | None
-) -> None:
-    from trellis.utils.mesh_utils import write_mesh
+def decode_together(
+    tokenizer: SparseSDFTokenizer,
+    inputs: Sequence[str | Path],
+    path: str | Path,
+    grid: VolumeGrid,
+    *,
+    progress: Progress = lambda done, total: None,
+) -> Outcome:
+    """Write the shapes of all token files (of one patient) as one label volume, and its table beside it as CSV.
 
-    tokens = load_tokens(path)
+    Where shapes overlap the smaller one keeps the voxel. Values are those of `label_numbers`.
+
+    Args:
+        path: of the volume, .nii.gz. grid: the reference's.
+
+    Raises:
+        ValueError: a path of another kind, no reference, or inputs that are not there.
+    """
+    path = Path(path)
+    if not path.name.endswith(f".{VOLUME_FORMAT}"):
+        raise ValueError(f"{path}: a label volume is written as .{VOLUME_FORMAT}")
+    if grid.shape is None or grid.affine is None:
+        raise ValueError("one volume for all shapes needs --like REFERENCE: shapes have no grid in common")
+    paths, outcome, rows = token_paths(inputs), Outcome(), []
+    painter = LabelPainter(grid.shape)
+    found: list[tuple[Path, Tokens]] = []
+    for token_path in paths:
+        try:
+            found.append((token_path, load_tokens(token_path)))
+        except HANDLED as error:
+            outcome.failures.append(Failure(str(token_path), token_path.stem, "read", one_line(error)))
+    numbers = label_numbers([tokens.label for _, tokens in found])
+    for done, ((token_path, tokens), number) in enumerate(zip(found, numbers), start=1):
+        try:
+            voxels = painter.paint(_mask(tokenizer, token_path, tokens, grid)[0], number)
+            rows.append((number, tokens.label, tokens.sha256, voxels))
+        except HANDLED as error:
+            outcome.failures.append(Failure(str(token_path), token_path.stem, "decode", one_line(error)))
+        progress(done, len(found))
+    write_nifti(path, painter.labels, grid.affine)
+    table = path.with_name(path.name.removesuffix(f".{VOLUME_FORMAT}") + ".csv")
+    write_label_table(table, sorted(rows))
+    outcome.written += [path, table]
+    if painter.overlaps:
+        logger.warning("%d voxels belonged to more than one shape; the smaller shape kept each", painter.overlaps)
+    write_errors(path.parent, outcome.failures)
+    return outcome
+
+
+def _mask(
+    tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens, grid: VolumeGrid
+) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels inside the decoded shape, and their affine."""
+    if tokens.to_world is None:
+        raise ValueError(f"{path}: the tokens have no place in millimetres (to_world), and so none in a volume")
+    return grid.voxels_inside(*_mesh(tokenizer, path, tokens))
+
+
+def _mesh(tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     try:
         vertices, faces = tokenizer.decode_mesh(tokens)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if len(faces) == 0:
         raise ValueError(f"{path}: the decoded field has no surface; there is nothing to write")
-    if grid is None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_mesh(target, vertices, faces, mesh_space=mesh_space)
-    elif tokens.to_world is None:
-        raise ValueError(f"{path}: the tokens have no place in millimetres (to_world), and so none in a volume")
-    else:
-        write_mask(target, *grid.voxels_inside(vertices, faces))
+    return vertices, faces
 
 
-def write_mask(path: Path, inside: np.ndarray, affine: np.ndarray) -> None:
-    """A 0/1 NIfTI in RAS mm, atomically; its header holds the geometry and nothing else."""
-    import nibabel
+def _decode_one(
+    tokenizer: SparseSDFTokenizer, path: Path, target: Path, mesh_space: str, grid: VolumeGrid | None
+) -> None:
+    from trellis.utils.mesh_utils import write_mesh
 
-    image = nibabel.Nifti1Image(inside.astype(np.uint8), affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
-    with atomic_write(path) as stream, gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as packed:
-        packed.write(image.to_bytes())
+    tokens = load_tokens(path)
+    if grid is not None:
+        inside, affine = _mask(tokenizer, path, tokens, grid)
+        write_nifti(target, inside.astype(np.uint8), affine)
+        return
+    vertices, faces = _mesh(tokenizer, path, tokens)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_mesh(target, vertices, faces, mesh_space=mesh_space)
 
 
 def write_errors(out: Path, failures: Sequence[Failure]) -> None:

@@ -42,11 +42,15 @@ class InputOptions:
     nested: str = "cavity"
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        if self.resolution is not None:
+            check_resolution(self.resolution)
+
     def required_resolution(self) -> int:
         """The resolution; ValueError when none is known."""
         if self.resolution is None:
             raise ValueError("resolution must be given: this model does not say which one it was trained at")
-        return check_resolution(self.resolution)
+        return self.resolution
 
 
 @dataclass(frozen=True)
@@ -79,25 +83,48 @@ def sources_of(paths: Sequence[str | Path], options: InputOptions) -> list[Sourc
     Raises:
         ValueError: a path that is not there or of no known kind, or a prepared folder without such a split.
     """
+    sources: list[Source] = []
+    for path in [found for given in paths for found in _files_of(Path(given))]:
+        if path.is_dir():
+            sources += [Source(s.source, partial(iter, (s,))) for s in _prepared_folder(path, options)]
+        else:
+            sources.append(_source_of_file(path, options))
+    return sources
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The path itself; of a folder that is not a prepared one, the shapes that lie in it."""
+    prepared = path / "metadata.csv", path / "sparse_sdf"
+    if not path.is_dir() or any(p.exists() for p in prepared) or any(path.glob("*_r[0-9]*.npz")):
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _kind(p))
+    if not found:
+        raise ValueError(f"{path}: neither a prepared folder (metadata.csv) nor one with meshes or volumes in it")
+    return found
+
+
+def _kind(path: Path) -> str:
+    """ "prepared", "volume" or "mesh"; empty for a file of no such kind."""
     from trellis.geometry.volume import is_volume_file
     from trellis.utils.mesh_utils import is_mesh_file
 
-    sources: list[Source] = []
-    for given in paths:
-        path = Path(given)
-        if path.is_dir():
-            sources += [Source(s.source, partial(iter, (s,))) for s in _prepared_folder(path, options)]
-        elif not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        elif is_prepared_file(path):
-            sources.append(Source(str(path), partial(_prepared_file, path)))
-        elif is_volume_file(path):
-            sources.append(Source(str(path), partial(_volume, path, options)))
-        elif is_mesh_file(path):
-            sources.append(Source(str(path), partial(_mesh, path, options)))
-        else:
-            raise ValueError(f"{path}: neither a mesh, nor a label volume, nor a prepared .npz")
-    return sources
+    if is_prepared_file(path):
+        return "prepared"
+    return "volume" if is_volume_file(path) else "mesh" if is_mesh_file(path) else ""
+
+
+def _source_of_file(path: Path, options: InputOptions) -> Source:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    readers = {
+        "prepared": partial(_prepared_file, path),
+        "volume": partial(_volume, path, options),
+        "mesh": partial(_mesh, path, options),
+    }
+    kind = _kind(path)
+    if not kind:
+        raise ValueError(f"{path}: neither a mesh, nor a label volume, nor a prepared .npz")
+    return Source(str(path), readers[kind])
 
 
 def is_prepared_file(path: Path) -> bool:
