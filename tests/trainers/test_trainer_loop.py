@@ -42,7 +42,7 @@ def test_batch_split_changes_only_rounding(tmp_path: Path, prepared: Path, caplo
 
 
 def test_log_has_the_promised_keys_and_files_the_promised_names(tmp_path: Path, prepared: Path):
-    trainer = build(tmp_path, prepared, tiny_config(max_steps=3, i_sample=2, i_save=2))
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=3, i_sample=2, i_save=2, log_param_stats=True))
     assert trainer.run() == 0
     run = tmp_path / "run"
     records = read_log(run)
@@ -177,6 +177,16 @@ def test_weights_to_start_from(tmp_path: Path, prepared: Path):
         trainer = build(tmp_path, prepared, tiny_config(finetune_ckpt=spec), f"tune{i}")
         assert trainer.step == 0
         assert all(torch.equal(t, saved[name]) for name, t in trainer.model.state_dict().items())
+    trainer = build(tmp_path, prepared, tiny_config(pretrained_vae_path=str(found.model)), "pretrained")
+    assert bool(trainer.model.quantizer.initialized)
+    assert all(torch.equal(t, saved[name]) for name, t in trainer.ema[0.99].shadow.items())
+    config = tiny_config(pretrained_vae_path=str(found.model))
+    config["models"]["vqvae"]["args"]["num_blocks"] = 2
+    with pytest.raises(InputError, match='(?s)does not fit.*fits a config with .*"num_blocks": 1'):
+        build(tmp_path, prepared, config, "bad")
+    config["trainer"]["args"]["pretrained_partial"] = True
+    partly = build(tmp_path, prepared, config, "partly").model.state_dict()
+    assert torch.equal(partly["encoder.blocks.0.attn.to_qkv.weight"], saved["encoder.blocks.0.attn.to_qkv.weight"])
     for args, message in [
         ({"finetune_ckpt": str(tmp_path / "no.pt")}, "no such weights file"),
         ({"finetune_ckpt": {"vae": "x"}}, "must name 'vqvae'"),

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trellis.config import InputError, Named, check_call
+from trellis.config import InputError, Named
+from trellis.utils.typed_json import check_call
 
 
 class FixedGradClipper:

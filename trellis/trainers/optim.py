@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
-from trellis.config import InputError, Named, check_call
+from trellis.config import InputError, Named
+from trellis.utils.typed_json import check_call
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     name: getattr(torch.optim, name) for name in ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad")
