@@ -6,6 +6,7 @@ import numpy as np
 
 from trellis.geometry.block_complement import OFFSETS_27, PaddedBlocks, inside_mask
 from trellis.geometry.mc_table import CORNERS, EDGES, case_table
+from trellis.geometry.sharp_features import sharpen
 from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks
 
 _CHUNK_BLOCKS = 2048
@@ -14,8 +15,10 @@ _EDGE_MARGIN = 1e-3
 """Vertices keep this distance (voxels) from voxel centres, so that no two of them coincide."""
 _KINK_RATIO = 2.0
 """A second difference may be so many times its neighbour's before it is taken for a kink and cut down to that."""
-_MAX_CORRECTION_VOXELS = 0.03
-"""Bound of the correction for chords: what a radius of about 6 voxels needs."""
+_MAX_CORRECTION_VOXELS = 0.06
+"""Bound of the correction for chords: what a radius of about 3 voxels needs."""
+_GOOD_GRADIENT, _KINKED_GRADIENT = 0.05, 0.1
+"""| |g| - 1 | of central differences that are taken as a tangent plane's normal, and of ones across a kink."""
 _PAD = 11  # voxels -1..9 of a block along each axis
 _CELL = 9  # voxels 0..8
 
@@ -25,8 +28,8 @@ def extract_mesh(blocks: SparseSDFBlocks) -> tuple[np.ndarray, np.ndarray]:
 
     Missing blocks are inside or outside as `block_complement` says; beyond the cube is outside. Inside is v < 0.
     Vertices lie on the grid's edges, at the root of the cubic through four samples where all are inside the band
-    (linear between two otherwise), then move by at most 0.03 voxel along the normal, so that the chords of a curved
-    surface lie as far inside as outside of it.
+    (linear between two otherwise), then move by at most 0.06 voxel along the normal, so that the chords of a curved
+    surface lie as far inside as outside of it. Sharp edges and corners get vertices of their own (`sharp_features`).
 
     Args:
         blocks: M blocks, block_sdf float16 [M, 8, 8, 8].
@@ -44,9 +47,10 @@ def extract_mesh(blocks: SparseSDFBlocks) -> tuple[np.ndarray, np.ndarray]:
     padded = PaddedBlocks(blocks)
     rows = _rows_with_surface(blocks, padded)
     neighbours = padded.neighbours(rows)
-    vertices, normals, edge_vertex, cells, cases = _vertices(blocks, padded, rows, neighbours)
-    faces = _faces(rows, neighbours, len(padded.coords), edge_vertex, cells, cases)
+    vertices, normals, reliable, edge_vertex, cells, cases = _vertices(blocks, padded, rows, neighbours)
+    faces, table_rows = _faces(rows, neighbours, len(padded.coords), edge_vertex, cells, cases)
     del edge_vertex, cells, cases
+    vertices, normals, faces = sharpen(vertices, normals, reliable, faces, table_rows)
     vertices = _balance_chords(vertices, normals, faces)
     vertices = (vertices + 0.5) / blocks.resolution - 0.5
     if blocks.to_world is not None:
@@ -108,17 +112,17 @@ def _padded_values(blocks: SparseSDFBlocks, padded: PaddedBlocks, neighbours: np
 
 def _vertices(
     blocks: SparseSDFBlocks, padded: PaddedBlocks, rows: np.ndarray, neighbours: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One vertex on each grid edge between an inside and an outside voxel, and the cells that hold any.
 
     Returns:
-        vertices [V, 3] float64 in voxels; normals [V, 3] float32 (zero where not known); edge_vertex [C + 1, 512, 3]
-        int32, the vertex of edge (row, voxel, axis), its last row unused; cells [N] int64, 512 * row + voxel; cases [N]
-        uint8.
+        vertices [V, 3] float64 in voxels; normals [V, 3] float32 (zero where not known); reliable [V] bool, whether
+        they are those of a distance function; edge_vertex [C + 1, 512, 3] int32, the vertex of edge (row, voxel, axis),
+        its last row unused; cells [N] int64, 512 * row + voxel; cases [N] uint8.
     """
     edge_vertex = np.full((len(rows) + 1, STORAGE_BLOCK**3, 3), -1, dtype=np.int32)
     flat_edges = edge_vertex.reshape(-1)
-    vertices, normals, cells, cases = [], [], [], []
+    vertices, normals, reliable, cells, cases = [], [], [], [], []
     count = 0
     for start in range(0, len(rows), _CHUNK_BLOCKS):
         part = slice(start, min(start + _CHUNK_BLOCKS, len(rows)))
@@ -138,26 +142,29 @@ def _vertices(
         edges = np.flatnonzero(crossing)
         flat_edges[edges + start * STORAGE_BLOCK**3 * 3] = np.arange(count, count + len(edges), dtype=np.int32)
         count += len(edges)
-        position, normal = _edge_roots(values, edges, blocks.band_voxels)
+        position, normal, known = _edge_roots(values, edges, blocks.band_voxels)
         block, voxel, axis = edges // 1536, edges // 3 % 512, edges % 3
         base = padded.coords[rows[part]][block] * STORAGE_BLOCK
         base = (base + np.stack([voxel >> 6, voxel >> 3 & 7, voxel & 7], axis=-1)).astype(np.float64)
         base[np.arange(len(axis)), axis] += position
         vertices.append(base)
         normals.append(normal)
-    if not vertices:
-        return np.zeros((0, 3)), np.zeros((0, 3), np.float32), edge_vertex, np.zeros(0, np.int64), np.zeros(0, np.uint8)
+        reliable.append(known)
     return (
-        np.concatenate(vertices),
-        np.concatenate(normals),
+        np.concatenate([np.zeros((0, 3)), *vertices]),
+        np.concatenate([np.zeros((0, 3), dtype=np.float32), *normals]),
+        np.concatenate([np.zeros(0, dtype=bool), *reliable]),
         edge_vertex,
-        np.concatenate(cells),
-        np.concatenate(cases),
+        np.concatenate([np.zeros(0, dtype=np.int64), *cells]),
+        np.concatenate([np.zeros(0, dtype=np.uint8), *cases]),
     )
 
 
-def _edge_roots(values: np.ndarray, edges: np.ndarray, band_voxels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Roots along edges (flat indices into [C, 8, 8, 8, 3]) of padded values, in (0, 1), and unit gradients there."""
+def _edge_roots(
+    values: np.ndarray, edges: np.ndarray, band_voxels: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Roots along edges (flat indices into [C, 8, 8, 8, 3]) of padded values, in (0, 1); unit gradients [N, 3] float32
+    there, zero where a sample is outside the band; whether these are well known."""
     block, voxel, axis = edges // 1536, edges // 3 % 512, edges % 3
     strides = np.array([_PAD * _PAD, _PAD, 1])
     base = block * _PAD**3 + (voxel >> 6) * _PAD * _PAD + (voxel >> 3 & 7) * _PAD + (voxel & 7) + strides.sum()
@@ -178,19 +185,60 @@ def _edge_roots(values: np.ndarray, edges: np.ndarray, band_voxels: int) -> tupl
         slope = f2 - f1 - (1 - 2 * t) / 6 * bend - t * (1 - t) / 6 * (d2 - d1)
         safe = slope * (f2 - f1) > 0
         t = np.clip(np.where(safe, t - value / np.where(safe, slope, 1), t), 0, 1)
+    first, first_error = _gradient(flat, base, strides, band_voxels)
+    second, second_error = _gradient(flat, base + step, strides, band_voxels)
+    known = (first_error < np.inf) & (second_error < np.inf)
+    reliable = np.maximum(first_error, second_error) < _GOOD_GRADIENT
+    normal = (1 - t)[:, None] * first + t[:, None] * second
+    # A distance function has gradients of length 1, but not where a kink of it (the medial axis, or the rim of a sharp
+    # edge) lies between the samples. There differences to one side find the tangent plane on either side of the kink,
+    # and the vertex is where the edge meets the plane that it is steepest against.
+    kinked = np.flatnonzero(known & (np.maximum(first_error, second_error) > _KINKED_GRADIENT))
+    steepest = np.zeros(len(kinked))
+    for origin, at in ((0, base[kinked]), (1, (base + step)[kinked])):
+        gradient, error = _one_sided_gradient(flat, at, strides, band_voxels)
+        rise = gradient[np.arange(len(at)), axis[kinked]] * np.sign(f2 - f1)[kinked]
+        meet = origin - flat[at] * band_voxels / np.where(rise > 0, rise * np.sign(f2 - f1)[kinked], 1)
+        good = (error < _GOOD_GRADIENT) & (rise > steepest) & (meet > -_EDGE_MARGIN) & (meet < 1 + _EDGE_MARGIN)
+        steepest[good] = rise[good]
+        t[kinked[good]], normal[kinked[good]], reliable[kinked[good]] = meet[good], gradient[good], True
     t = np.clip(t, _EDGE_MARGIN, 1 - _EDGE_MARGIN)
-    normal = np.empty((len(t), 3), dtype=np.float32)
-    known = np.ones(len(t), dtype=bool)
-    weight = t.astype(np.float32)
-    for k, stride in enumerate(strides.tolist()):
-        a, b, c, d = flat[base + stride], flat[base - stride], flat[base + step + stride], flat[base + step - stride]
-        normal[:, k] = (1 - weight) * (a - b) + weight * (c - d)
-        for sample in (a, b, c, d):
-            known &= np.abs(sample) < 1
     length = np.linalg.norm(normal, axis=1)
     known &= length > 0
-    normal *= np.where(known, 1 / np.where(known, length, 1), 0)[:, None].astype(np.float32)
-    return t, normal
+    normal *= np.where(known, 1 / np.where(known, length, 1), 0)[:, None]
+    return t, normal.astype(np.float32), reliable & known
+
+
+def _gradient(
+    flat: np.ndarray, at: np.ndarray, strides: np.ndarray, band_voxels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Central differences [N, 3] of the distance in voxels; | |g| - 1 |, inf where a sample is outside the band."""
+    gradient = np.empty((len(at), 3), dtype=np.float32)
+    known = np.ones(len(at), dtype=bool)
+    for k, stride in enumerate(strides.tolist()):
+        after, before = flat[at + stride], flat[at - stride]
+        gradient[:, k] = (after - before) * np.float32(band_voxels / 2)
+        known &= (np.abs(after) < 1) & (np.abs(before) < 1)
+    error = np.abs(np.sqrt((gradient * gradient).sum(axis=1)) - 1)
+    return gradient, np.where(known, error, np.inf)
+
+
+def _one_sided_gradient(
+    flat: np.ndarray, at: np.ndarray, strides: np.ndarray, band_voxels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the eight gradients [N, 3] from differences to one side, the one whose length is closest to 1; | |g| - 1 |."""
+    sides = np.empty((2, len(at), 3), dtype=np.float64)
+    for k, stride in enumerate(strides.tolist()):
+        sides[0, :, k] = flat[at] - flat[at - stride]
+        sides[1, :, k] = flat[at + stride] - flat[at]
+    sides *= band_voxels
+    best, best_error = np.zeros((len(at), 3)), np.full(len(at), np.inf)
+    for choice in CORNERS:
+        gradient = sides[choice, :, np.arange(3)].T
+        error = np.abs(np.linalg.norm(gradient, axis=1) - 1)
+        better = error < best_error
+        best[better], best_error[better] = gradient[better], error[better]
+    return best, best_error
 
 
 def _faces(
@@ -200,8 +248,8 @@ def _faces(
     edge_vertex: np.ndarray,
     cells: np.ndarray,
     cases: np.ndarray,
-) -> np.ndarray:
-    """[F, 3] int64 faces of the active cells."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """[F, 3] int64 faces of the active cells, and the row of each in the table, [F] int16."""
     table = case_table()
     # row -> its place in `rows`; others go to the unused row
     compact = np.full(num_rows + 1, len(rows), dtype=np.int64)
@@ -212,6 +260,7 @@ def _faces(
     edge_grid = edge_vertex.reshape(-1, 8, 8, 8, 3)
     counts = np.diff(table.triangle_start)[cases]
     faces = np.empty((int(counts.sum()), 3), dtype=np.int64)
+    table_rows = np.empty(len(faces), dtype=np.int16)
     done = 0
     for start in range(0, len(rows), _CHUNK_BLOCKS):
         stop = min(start + _CHUNK_BLOCKS, len(rows))
@@ -226,12 +275,13 @@ def _faces(
         base = (((block * _CELL + (voxel >> 6)) * _CELL + (voxel >> 3 & 7)) * _CELL + (voxel & 7)) * 3
         ends = np.cumsum(number)
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - number, number)
-        triangle = table.triangles[np.repeat(table.triangle_start[cases[first:last]], number) + within]
-        index = np.repeat(base, number)[:, None] + edge_offset[triangle]
+        table_row = np.repeat(table.triangle_start[cases[first:last]], number) + within
+        table_rows[done : done + len(table_row)] = table_row
+        index = np.repeat(base, number)[:, None] + edge_offset[table.triangles[table_row]]
         faces[done : done + len(index)] = window.reshape(-1)[index]
         done += len(index)
     assert done == len(faces) and (done == 0 or faces.min() >= 0), "every edge of a case has its vertex"
-    return faces
+    return faces, table_rows
 
 
 def _balance_chords(vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray) -> np.ndarray:

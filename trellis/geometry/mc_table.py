@@ -22,6 +22,8 @@ EDGES = np.array(
 )
 """[12, 4] axis and base offset (x, y, z) of the cell's edges."""
 
+LONGEST_LOOP = 7
+
 
 @dataclass(frozen=True)
 class CaseTable:
@@ -30,10 +32,17 @@ class CaseTable:
     Attributes:
         triangle_start: [257] int64, rows of `triangles` that belong to a case.
         triangles: [T, 3] int8 edges of the cell (rows of `EDGES`); right-handed normals point from inside to outside.
+        loop_of_triangle: [T] int64, the loop that a triangle helps to fill; a loop's triangles are consecutive.
+        loop_triangle: [L] int64, first triangle of a loop.
+        loop_corner: [L, 7] int8, where the loop's vertices, in order, are found among its triangles' corners (3 *
+            triangle + corner); padded with -1.
     """
 
     triangle_start: np.ndarray
     triangles: np.ndarray
+    loop_of_triangle: np.ndarray
+    loop_triangle: np.ndarray
+    loop_corner: np.ndarray
 
 
 def _edge_between(a: int, b: int) -> int:
@@ -135,9 +144,20 @@ def case_table() -> CaseTable:
     """The table, made on first use (about 0.3 s)."""
     faces = _cell_faces()
     triangles: list[tuple[int, int, int]] = []
-    start = [0]
+    start, loop_of_triangle, loop_triangle, loop_corner = [0], [], [], []
     for case in range(256):
         for loop in _loops(case, faces):
-            triangles.extend(_fill(loop))
+            filled = _fill(loop)
+            corners = [edge for triangle in filled for edge in triangle]
+            loop_of_triangle.extend([len(loop_triangle)] * len(filled))
+            loop_triangle.append(len(triangles))
+            loop_corner.append([corners.index(edge) for edge in loop] + [-1] * (LONGEST_LOOP - len(loop)))
+            triangles.extend(filled)
         start.append(len(triangles))
-    return CaseTable(np.array(start, dtype=np.int64), np.array(triangles, dtype=np.int8))
+    return CaseTable(
+        np.array(start, dtype=np.int64),
+        np.array(triangles, dtype=np.int8),
+        np.array(loop_of_triangle, dtype=np.int64),
+        np.array(loop_triangle, dtype=np.int64),
+        np.array(loop_corner, dtype=np.int8),
+    )
