@@ -226,6 +226,7 @@ def _fill_blocks(
     block_lists = wp.empty((chunk, _BLOCK_CAP), dtype=wp.int32, device=device)
     block_counts = wp.empty(chunk, dtype=wp.int32, device=device)
     lists = wp.empty((chunk * 8, _CELL_CAP), dtype=wp.int32, device=device)
+    away = wp.empty((chunk * 8, _CELL_CAP), dtype=wp.float32, device=device)
     counts = wp.empty(chunk * 8, dtype=wp.int32, device=device)
     bounds = wp.empty(chunk * 8, dtype=wp.float32, device=device)
     values = wp.empty((chunk, STORAGE_BLOCK**3), dtype=wp.float16, device=device)
@@ -246,13 +247,13 @@ def _fill_blocks(
         wp.launch(
             kernels.list_cell_triangles, n * 8,
             [mesh, tri, blocks, float(band), cell_radius, surface.margin,
-             block_lists, block_counts, lists, counts, bounds],
+             block_lists, block_counts, lists, away, counts, bounds],
             device=device,
         )
         times.lap("cell lists")
         wp.launch(
             kernels.voxel_values_from_lists, (n, STORAGE_BLOCK**3),
-            [tri, blocks, wp.float64(band), lists, counts, inside, values, active], device=device,
+            [tri, blocks, wp.float64(band), lists, away, counts, inside, values, active], device=device,
         )
         times.lap("distances")
         overflow = np.flatnonzero(counts.numpy()[: n * 8] < 0).astype(np.int32)

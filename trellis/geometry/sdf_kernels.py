@@ -120,12 +120,13 @@ def list_cell_triangles(
     block_lists: wp.array2d(dtype=wp.int32),
     block_counts: wp.array(dtype=wp.int32),
     lists: wp.array2d(dtype=wp.int32),
+    away: wp.array2d(dtype=wp.float32),
     counts: wp.array(dtype=wp.int32),
     bounds: wp.array(dtype=wp.float32),
 ):
     """The same for the eight 4-cubed cells of a block, from the block's list; bounds = distance of the cell's centre.
 
-    counts = 0 means that no voxel of the cell is in the band; -1 that the list does not hold all candidates.
+    away = distance of each listed triangle from the cell's centre; the nearest stands first. counts = 0 means that no voxel of the cell is in the band; -1 that the list does not hold all candidates.
     """
     i = wp.tid()
     b = i / 8
@@ -146,18 +147,27 @@ def list_cell_triangles(
             n = -1
     elif total > 0:
         best = wp.float64(1.0e300)
+        first = int(0)
         for j in range(total):
-            best = wp.min(best, triangle_dist_sq(tri, block_lists[b, j], cd))
+            square = triangle_dist_sq(tri, block_lists[b, j], cd)
+            if square < best:
+                best = square
+                first = block_lists[b, j]
         nearest = float(wp.sqrt(best))
         reach = wp.min(nearest + 2.0 * radius, band + radius) + margin
         limit = wp.float64(reach) * wp.float64(reach)
         cap = lists.shape[1]
         if best <= limit:
+            lists[i, 0] = first
+            away[i, 0] = nearest
+            n = int(1)
             for j in range(total):
                 f = block_lists[b, j]
-                if triangle_dist_sq(tri, f, cd) <= limit:
+                square = triangle_dist_sq(tri, f, cd)
+                if square <= limit and f != first:
                     if n < cap:
                         lists[i, n] = f
+                        away[i, n] = float(wp.sqrt(square))
                     n += 1
             if n > cap:
                 n = -1
@@ -171,6 +181,7 @@ def voxel_values_from_lists(
     blocks: wp.array2d(dtype=wp.int32),
     band: wp.float64,
     lists: wp.array2d(dtype=wp.int32),
+    away: wp.array2d(dtype=wp.float32),
     counts: wp.array(dtype=wp.int32),
     inside: wp.array2d(dtype=wp.uint8),
     values: wp.array2d(dtype=wp.float16),
@@ -187,9 +198,16 @@ def voxel_values_from_lists(
         p = wp.vec3d(
             wp.float64(blocks[b, 0] * 8 + x), wp.float64(blocks[b, 1] * 8 + y), wp.float64(blocks[b, 2] * 8 + z)
         )
+        # A triangle can be nearer than the best so far only if it is within `enough` of the cell's centre.
+        to_centre = wp.length(wp.vec3(float(x % 4) - 1.5, float(y % 4) - 1.5, float(z % 4) - 1.5)) + 1.0e-3
         best = band * band
+        enough = float(band) + to_centre
         for j in range(n):
-            best = wp.min(best, triangle_dist_sq(tri, lists[cell, j], p))
+            if away[cell, j] < enough:
+                square = triangle_dist_sq(tri, lists[cell, j], p)
+                if square < best:
+                    best = square
+                    enough = float(wp.sqrt(square)) + to_centre
         value = wp.float16(wp.sqrt(best) / band)
         if float(value) < 1.0:
             active[b] = wp.uint8(1)
