@@ -11,22 +11,26 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 MESH, VOLUME = "mesh", "volume"
+MASKS_FOLDER = "segmentations"
+"""A folder of this name holds one mask file per class, as TotalSegmentator writes it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that holds shapes.
+    """A file, or a folder of masks or of one DICOM series, that holds shapes.
 
     Attributes:
         path: where it is; relative: below DATA_ROOT, with forward slashes.
         kind: "mesh" or "volume".
         patient: the patient's name as the folders have it; never written anywhere unless asked for.
+        files: what its content is in: the file, its data file where a header stands alone, or a folder's files.
     """
 
     path: Path
     relative: str
     kind: str
     patient: str
+    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,11 @@ class Discovery:
 
 
 def find_sources(
-    data_root: str | Path, *, patient_regex: str | None = None, exclude: str | Path | None = None
+    data_root: str | Path,
+    *,
+    patient_regex: str | None = None,
+    exclude: str | Path | None = None,
+    mask_folders: bool = False,
 ) -> Discovery:
     """Search a folder recursively for meshes and volumes.
 
@@ -49,6 +57,8 @@ def find_sources(
         patient_regex: searched in the relative path; its group "patient", else its first group, else the match is the
             patient. Without it the first folder below `data_root` is, and a file directly there is its own patient.
         exclude: a folder that is not searched (where the results go).
+        mask_folders: read every folder with volumes as one volume with a mask file per class; otherwise only those
+            that are called "segmentations".
 
     Raises:
         ValueError: no such folder, a bad expression, or neither mesh nor volume there.
@@ -61,17 +71,17 @@ def find_sources(
     except re.error as error:
         raise ValueError(f"patient_regex must be a regular expression, got {patient_regex!r}: {error}") from None
     sources, unmatched, others = [], [], 0
-    for path in _walk(root, Path(exclude) if exclude is not None else None):
-        kind = _kind(path)
-        relative = path.relative_to(root).as_posix()
-        if kind is None:
-            others += 1
-            continue
-        patient = _patient(relative, path, pattern)
-        if patient is None:
-            unmatched.append(relative)
-        else:
-            sources.append(Source(path, relative, kind, patient))
+    for folder, files in _walk(root, Path(exclude) if exclude is not None else None):
+        masks = mask_folders or folder.name.lower() == MASKS_FOLDER
+        found, rest = _sources_of_folder(folder, files, masks and folder != root)
+        others += rest
+        for path, kind, parts in found:
+            relative = path.relative_to(root).as_posix()
+            patient = _patient(relative, path, pattern)
+            if patient is None:
+                unmatched.append(relative)
+            else:
+                sources.append(Source(path, relative, kind, patient, tuple(parts)))
     if not sources and not unmatched:
         raise ValueError(f"{root}: neither a mesh nor a label volume is below this folder ({others} other files)")
     direct = sum("/" not in source.relative and source.kind == MESH for source in sources)
@@ -86,10 +96,11 @@ def find_sources(
     return Discovery(sorted(sources, key=lambda source: source.relative), sorted(unmatched), others)
 
 
-def _walk(root: Path, exclude: Path | None) -> list[Path]:
+def _walk(root: Path, exclude: Path | None) -> list[tuple[Path, list[Path]]]:
+    """Each folder with its files, both sorted; every real folder once."""
     seen = {os.path.realpath(root)}
     excluded = os.path.realpath(exclude) if exclude is not None else None
-    paths: list[Path] = []
+    result: list[tuple[Path, list[Path]]] = []
 
     def unreadable(error: OSError) -> None:
         raise ValueError(f"{error.filename}: the folder cannot be read: {error.strerror}")
@@ -102,23 +113,60 @@ def _walk(root: Path, exclude: Path | None) -> list[Path]:
                 seen.add(real)
                 kept.append(name)
         subfolders[:] = kept
-        paths.extend(Path(folder, name) for name in sorted(files) if not name.startswith("."))
-    return paths
+        result.append((Path(folder), [Path(folder, name) for name in sorted(files) if not name.startswith(".")]))
+    return result
 
 
-def _kind(path: Path) -> str | None:
+def _sources_of_folder(
+    folder: Path, files: list[Path], masks: bool
+) -> tuple[list[tuple[Path, str, list[Path]]], int]:
+    """(path, kind, files) of each source in a folder, and the number of other files."""
     from trellis.geometry.volume import is_volume_file
     from trellis.utils.mesh_utils import is_mesh_file
 
-    if is_volume_file(path):
-        return VOLUME
-    return MESH if is_mesh_file(path) else None
+    found: list[tuple[Path, str, list[Path]]] = []
+    volumes = [path for path in files if is_volume_file(path)]
+    rest = [path for path in files if path not in set(volumes)]
+    if masks and volumes:
+        found.append((folder, VOLUME, volumes))
+    else:
+        found += [(path, VOLUME, [path, *_data_files(path, rest)]) for path in volumes]
+    rest = [path for path in rest if not any(path in parts for _, _, parts in found)]
+    slices = [path for path in rest if _is_dicom(path)]
+    if slices and not volumes:
+        found.append((folder, VOLUME, slices))
+    others = 0
+    for path in rest:
+        if slices and path in slices:
+            continue
+        if is_mesh_file(path):
+            found.append((path, MESH, [path]))
+        else:
+            others += 1
+    return found, others
+
+
+def _data_files(header: Path, files: list[Path]) -> list[Path]:
+    """Files with the voxels of a header that stands alone (.mhd, .nhdr): those of its stem."""
+    if header.suffix.lower() not in (".mhd", ".nhdr"):
+        return []
+    return [path for path in files if path.name.split(".")[0] == header.stem.split(".")[0]]
+
+
+def _is_dicom(path: Path) -> bool:
+    if path.suffix.lower() not in ("", ".dcm", ".ima"):
+        return False
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _patient(relative: str, path: Path, pattern: re.Pattern[str] | None) -> str | None:
     if pattern is None:
         first, _, rest = relative.partition("/")
-        return first if rest else path.name.split(".")[0]
+        return first if rest or path.is_dir() else path.name.split(".")[0]
     match = pattern.search(relative)
     if match is None:
         return None

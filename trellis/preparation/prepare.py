@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trellis.geometry.label_names import read_label_names
 from trellis.preparation import records
-from trellis.preparation.discover import Discovery, Source, find_sources
+from trellis.preparation.discover import VOLUME, Discovery, Source, find_sources
 from trellis.preparation.execution import Runner, open_runner
 from trellis.preparation.frames import cube_of, parse_frame
 from trellis.preparation.given_splits import read_splits, splits_of_patients
-from trellis.preparation.metadata import Tables, build_metadata
+from trellis.preparation.metadata import build_metadata
 from trellis.preparation.privacy import KEY_NAME, load_or_create_key, pseudonym
 from trellis.preparation.progress import progress_bar
 from trellis.preparation.prune import prune
 from trellis.preparation.settings import PrepareSettings
 from trellis.preparation.split import DEFAULT_FRACTIONS
+from trellis.preparation.surfaces import find_table
 from trellis.preparation.tasks import SDFTask, SourceTask, compute_sdf, failure, read_source
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,12 @@ def prepare_dataset(
     split_fractions: tuple[float, float, float] = DEFAULT_FRACTIONS,
     band_voxels: int = 4,
     labels: Sequence[str | int] | None = None,
+    label_names: str | Path | None = None,
+    mask_folders: bool = False,
+    spacing_mm: tuple[float, float, float] | None = None,
+    threshold: str | None = None,
+    threshold_label: str = "threshold",
+    min_component_ml: float = 0.0,
     max_hole_mm: float | None = None,
     nested: str = "cavity",
     frame: str = "shape",
@@ -98,7 +106,10 @@ def prepare_dataset(
         mesh_space: space of mesh files that do not say theirs. patient_regex: see `find_sources`.
         keep_patient_ids, keep_source_paths: write patients' names and sources' relative paths as they are.
         key_file: the secret behind pseudonyms, default OUT/.patient_key; keep it, and do not pass it on.
-        seed, split_fractions: of the split by patients. labels: numbers or names that are kept, None for all.
+        seed, split_fractions: of the split by patients. labels: numbers, names or patterns that are kept, None for all.
+        label_names: a table of label names for all volumes; without it one beside a volume (of the same name, or a
+            dataset.json above it) is used. mask_folders: see `find_sources`. spacing_mm, threshold, threshold_label,
+            min_component_ml: see `PrepareSettings`.
         max_hole_mm, nested: see `trellis.utils.mesh_repair.clean_mesh`. schema: of the npz files.
         frame: "shape", "patient" or "fixed-mm:SIZE", the cube of each shape.
         splits_file, fold: take the split from a file (see `read_splits`) instead of drawing it.
@@ -116,7 +127,8 @@ def prepare_dataset(
     settings = PrepareSettings(
         resolutions=tuple(resolutions), band_voxels=band_voxels, mesh_space=mesh_space, max_hole_mm=max_hole_mm,
         nested=nested, labels=None if labels is None else tuple(map(str, labels)), schema=schema, frame=frame,
-        device=device,
+        device=device, spacing_mm=spacing_mm, threshold=threshold, threshold_label=threshold_label,
+        min_component_ml=min_component_ml,
     )  # fmt: skip
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be at least 0 and below world_size, got rank {rank} of {world_size}")
@@ -124,7 +136,8 @@ def prepare_dataset(
     if out.resolve() == data_root.resolve():
         raise ValueError(f"OUT must be another folder than DATA_ROOT, got {out} for both")
     given = None if splits_file is None else read_splits(splits_file, fold)
-    found = find_sources(data_root, patient_regex=patient_regex, exclude=out)
+    names = None if label_names is None else read_label_names(label_names)
+    found = find_sources(data_root, patient_regex=patient_regex, exclude=out, mask_folders=mask_folders)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out, exclusive=world_size == 1):
         key = load_or_create_key(key_file or out / KEY_NAME)
@@ -134,7 +147,7 @@ def prepare_dataset(
             given = {shown[name]: split for name, split in splits_of_patients(found.sources, given, shown).items()}
         mine = set(patients[rank::world_size])
         tasks = [
-            _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths)
+            _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths, names)
             for source in found.sources
             if source.patient in mine
         ]
@@ -151,24 +164,23 @@ def prepare_dataset(
         out=out, n_sources=len(tasks), n_shapes=len(tables.rows), n_computed=computed, n_failed=len(tables.failures),
         n_duplicates=tables.duplicates, n_stale=0 if prune_stale else n_stale,
         patients=tables.patients, shapes=tables.shapes,
-        warnings=tables.warnings + _absent_labels(settings, tables), failures=tables.failures,
+        warnings=tables.warnings + _absent_labels(settings, manifest["sources"], out), failures=tables.failures,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
 def _source_task(
-    source: Source, key: bytes, data_root: Path, out: Path, settings: PrepareSettings, keep_ids: bool, keep_paths: bool
-) -> SourceTask:
+    source: Source, key: bytes, data_root: Path, out: Path, settings: PrepareSettings, keep_ids: bool, keep_paths: bool,
+    names: dict[int, str] | None,
+) -> SourceTask:  # fmt: skip
     patient_id = source.patient if keep_ids else pseudonym(key, "patient", source.patient)
-    try:
-        facts = source.path.stat()
-        stamp: list[int] | None = [facts.st_size, facts.st_mtime_ns]
-    except OSError:  # a dangling link: reading it will say so
-        stamp = None
+    table = find_table(source.path, data_root) if source.kind == VOLUME and names is None else None
     expected = {
         "prep_hash": settings.prep_hash,
         "patient_id": patient_id,
-        "stamp": stamp,
+        "stamp": [_stamp(path) for path in source.files],
+        "names": None if names is None else sorted(map(list, names.items())),
+        "table": None if table is None else _stamp(table),
         "labels": None if settings.labels is None else list(settings.labels),
         "kept": [keep_ids, keep_paths],
     }
@@ -176,8 +188,17 @@ def _source_task(
         path=source.path, relative=source.relative, kind=source.kind,
         key=pseudonym(key, "source", source.relative, digits=32), patient=source.patient, patient_id=patient_id,
         out=out, data_root=data_root, settings=settings, expected=expected, keep_patient_ids=keep_ids,
-        keep_source_paths=keep_paths,
+        keep_source_paths=keep_paths, files=source.files, names=names, table=table,
     )  # fmt: skip
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of a file; None for a dangling link, of which reading it will say so."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def _run(
@@ -302,10 +323,13 @@ def _summary_of_rank(out: Path, manifest: dict[str, Any], computed: int, seconds
     )
 
 
-def _absent_labels(settings: PrepareSettings, tables: Tables) -> list[str]:
-    if settings.labels is None or tables.rows:
-        return []
-    return [f"no source holds any of the labels {', '.join(settings.labels)}"]
+def _absent_labels(settings: PrepareSettings, source_keys: list[str], out: Path) -> list[str]:
+    """A warning that names the labels which were asked for and are nowhere."""
+    found = set()
+    for key in source_keys:
+        found |= set((records.read_record(records.source_record_path(out, key)) or {}).get("picked", []))
+    absent = [label for label in settings.labels or () if label not in found]
+    return [f"no source holds the labels {', '.join(absent)}"] if absent else []
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 
 from trellis.preparation.frames import parse_frame
 from trellis.utils.blocks import BAND_VOXELS, check_resolution
 
-PREP_VERSION = 3
+PREP_VERSION = 4
 """Raised whenever the same settings give other files, so that old ones are made anew."""
 
 MESH_SPACES = ("LPS", "RAS")
@@ -29,6 +30,8 @@ class PrepareSettings:
         nested: what a closed surface inside another means, "cavity" or "solid".
         labels: label numbers or names that are kept, None for all.
         schema: of the npz files, 2 or 1.
+        spacing_mm: voxel spacing of volumes that have none. threshold: "LOW" or "LOW:HIGH", volumes are intensities and
+            give one shape, called `threshold_label`. min_component_ml: smaller components of labels are removed.
         frame: "shape", "patient" or "fixed-mm:SIZE", the cube of each shape.
         device: where distances are computed, "cpu" or "cuda"; does not change the files.
     """
@@ -40,6 +43,10 @@ class PrepareSettings:
     nested: str = "cavity"
     labels: tuple[str, ...] | None = None
     schema: int = 2
+    spacing_mm: tuple[float, float, float] | None = None
+    threshold: str | None = None
+    threshold_label: str = "threshold"
+    min_component_ml: float = 0.0
     frame: str = "shape"
     device: str = "cpu"
 
@@ -63,8 +70,24 @@ class PrepareSettings:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
         parse_frame(self.frame)
+        self._check_volume_options()
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
+
+    def _check_volume_options(self) -> None:
+        if not 0 <= self.min_component_ml < math.inf:
+            raise ValueError(f"min_component_ml must be at least 0, got {self.min_component_ml}")
+        if self.spacing_mm is not None:
+            spacing = tuple(float(value) for value in self.spacing_mm)
+            if len(spacing) != 3 or not all(0 < value < math.inf for value in spacing):
+                raise ValueError(f"spacing_mm must be three numbers above 0, got {self.spacing_mm}")
+            object.__setattr__(self, "spacing_mm", spacing)
+        if self.threshold is not None:
+            from trellis.geometry.volume import parse_threshold
+
+            parse_threshold(self.threshold)
+        if not self.threshold_label.strip():
+            raise ValueError("threshold_label must not be empty")
 
     @property
     def prep_hash(self) -> str:

@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,20 @@ from trellis.preparation.discover import MESH
 from trellis.preparation.frames import box_of
 from trellis.preparation.privacy import label_without_patient, names_of, scrub, scrubbed_logs
 from trellis.preparation.settings import PrepareSettings
+from trellis.preparation.surfaces import Surfaces, names_of_labels, surfaces_of_mesh, surfaces_of_volume
 from trellis.utils.io_utils import save_sparse_sdf, sha256_of_file
+
+__all__ = ["SDFTask", "SourceTask", "compute_sdf", "failure", "names_of_labels", "read_source", "shape_id"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SourceTask:
-    """One source file to read; `expected` is what its record must say to count as done."""
+    """One source to read; `expected` is what its record must say to count as done.
+
+    `names` are label names that were given for all sources; `table` is a file of them that was found beside this one.
+    """
 
     path: Path
     relative: str
@@ -40,6 +45,9 @@ class SourceTask:
     expected: dict[str, Any]
     keep_patient_ids: bool
     keep_source_paths: bool
+    files: tuple[Path, ...]
+    names: dict[int, str] | None = None
+    table: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,18 +81,23 @@ def failure(identity: str, stage: str, error: BaseException | str, *, names: lis
 
 def read_source(task: SourceTask) -> dict[str, Any]:
     """Read a source file, write the truth mesh of each of its shapes, and write and return the source's record."""
-    names = names_of(task.path, task.data_root)
+    names = [name for path in {task.path, *task.files} for name in names_of(path, task.data_root)]
     record: dict[str, Any] = {**task.expected, "content": None, "shapes": [], "failures": []}
     if task.keep_source_paths:
         names = []
         record["source"] = task.relative
     stage = "read"
     try:
-        record["content"] = sha256_of_file(task.path)
+        record["content"] = content_hash(task.files)
         with scrubbed_logs(names):
-            surfaces = _surfaces(task, record)
+            surfaces = _surfaces(task)
+        record["notes"] = [scrub(note, names) for note in surfaces.notes]
+        record["picked"] = sorted(surfaces.picked)
         stage = "clean"
-        for label, (vertices, faces) in surfaces.items():
+        for label, error in surfaces.failures.items():
+            entry = failure(shape_id(record["content"], label), stage, error, names=names)
+            record["failures"].append({**entry, "label": label})
+        for label, (vertices, faces) in surfaces.by_label.items():
             identity = shape_id(record["content"], label)
             try:
                 record["shapes"].append(_write_truth(task, identity, label, vertices, faces))
@@ -103,41 +116,29 @@ def shape_id(content: str, label: str) -> str:
     return hashlib.sha256(f"{content}\0{label}".encode()).hexdigest()
 
 
-def names_of_labels(
-    numbers: Sequence[int], names: Mapping[int, str], wanted: Collection[str] | None
-) -> dict[int, str]:
-    """Label number to the name of its shape, of those wanted (by number or name); a name that occurs twice gets its
-    number behind it, a label without a name is called by its number."""
-    plain = {number: names.get(number) or str(number) for number in numbers}
-    counts = Counter(plain.values())  # over all labels: what a shape is called must not depend on the choice
-    labels = {number: f"{name}_{number}" if counts[name] > 1 else name for number, name in plain.items()}
-    if wanted is None:
-        return labels
-    return {number: label for number, label in labels.items() if {label, plain[number], str(number)} & set(wanted)}
+def content_hash(files: Sequence[Path]) -> str:
+    """SHA-256 of a file, or over the names and hashes of several (a mask's name is its label)."""
+    if len(files) == 1:
+        return sha256_of_file(files[0])
+    lines = sorted(f"{path.name} {sha256_of_file(path)}" for path in files)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _surfaces(task: SourceTask, record: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Label to surface (vertices RAS mm, faces) of the labels that are wanted."""
-    wanted = task.settings.labels
+def _surfaces(task: SourceTask) -> Surfaces:
+    """The wanted surfaces of a source."""
     if task.kind == MESH:
-        from trellis.utils.mesh_utils import mesh_stem, read_mesh
+        from trellis.utils.mesh_utils import mesh_stem
 
-        mesh_label = mesh_stem(task.path)
+        label = mesh_stem(task.path)
         if not task.keep_patient_ids and "/" in task.relative:
-            mesh_label = label_without_patient(mesh_label, task.patient)
-        if wanted is not None and mesh_label not in wanted:
-            return {}
-        mesh = read_mesh(task.path, mesh_space=task.settings.mesh_space)
-        return {mesh_label: (mesh.vertices, mesh.faces)}
-    from trellis.geometry.volume import label_surfaces, labels_of, read_volume
+            label = label_without_patient(label, task.patient)
+        return surfaces_of_mesh(task.path, label, task.settings)
+    names = task.names
+    if names is None and task.table is not None:
+        from trellis.geometry.label_names import read_label_names
 
-    volume = read_volume(task.path)
-    hidden = [] if task.keep_source_paths else names_of(task.path, task.data_root)
-    record["notes"] = [scrub(note, hidden) for note in volume.notes]
-    labels = names_of_labels(labels_of(volume), volume.names, wanted)
-    if not labels:
-        return {}
-    return {labels[number]: surface for number, surface in label_surfaces(volume, list(labels)).items()}
+        names = read_label_names(task.table)
+    return surfaces_of_volume(task.path, task.settings, names or {})
 
 
 def _write_truth(

@@ -1,0 +1,182 @@
+"""From one source to the surfaces of its shapes: labels by name, overlapping layers, thresholds, small components."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trellis.preparation.settings import PrepareSettings
+
+if TYPE_CHECKING:
+    from trellis.geometry.volume import LabelVolume
+
+MeshArrays = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class Surfaces:
+    """What a source holds.
+
+    Attributes:
+        by_label: label -> (vertices [V, 3] float64 RAS mm, faces [F, 3] int64).
+        notes: what a user should know, one sentence each.
+        picked: entries of the settings' labels that matched something here.
+        failures: label -> error of labels that could not be made into a surface.
+    """
+
+    by_label: dict[str, MeshArrays] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    picked: set[str] = field(default_factory=set)
+    failures: dict[str, Exception] = field(default_factory=dict)
+
+
+def matches(wanted: Collection[str], names: Collection[str]) -> set[str]:
+    """The entries of `wanted` (numbers, names in any case, patterns such as "vertebra_*") that fit one of `names`."""
+    lower = [name.lower() for name in names]
+    return {want for want in wanted if any(fnmatch.fnmatchcase(name, want.lower()) for name in lower)}
+
+
+def names_of_labels(
+    numbers: Sequence[int], names: Mapping[int, str], wanted: Collection[str] | None
+) -> dict[int, str]:
+    """Label number to the name of its shape, of those wanted; a name that occurs twice gets its number behind it, a
+    label without a name is called by its number."""
+    plain = {number: names.get(number) or str(number) for number in numbers}
+    counts = Counter(plain.values())  # over all labels: what a shape is called must not depend on the choice
+    labels = {number: f"{name}_{number}" if counts[name] > 1 else name for number, name in plain.items()}
+    if wanted is None:
+        return labels
+    return {n: label for n, label in labels.items() if matches(wanted, {label, plain[n], str(n)})}
+
+
+def surfaces_of_mesh(path: Path, label: str, settings: PrepareSettings) -> Surfaces:
+    """The one surface of a mesh file, if its label is wanted."""
+    from trellis.utils.mesh_utils import read_mesh
+
+    result = Surfaces()
+    if settings.labels is not None:
+        result.picked = matches(settings.labels, {label})
+        if not result.picked:
+            return result
+    mesh = read_mesh(path, mesh_space=settings.mesh_space)
+    result.by_label[label] = (mesh.vertices, mesh.faces)
+    return result
+
+
+def surfaces_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, str]) -> Surfaces:
+    """The surfaces of a label volume (or of an intensity volume, where the settings have a threshold).
+
+    Args:
+        path: a file, a folder of masks or a folder of one DICOM series.
+        names: label value -> name; names that the file carries itself fill what is missing here.
+
+    Raises:
+        ValueError: see `trellis.geometry.volume.read_label_layers` and `read_intensity`.
+    """
+    from trellis.geometry.volume import label_surfaces, labels_of, read_label_layers
+
+    if settings.threshold is not None:
+        return _threshold_surfaces(path, settings)
+    result = Surfaces()
+    layers = read_label_layers(path, spacing_mm=settings.spacing_mm)
+    numbers = [number for layer in layers for number in labels_of(layer)]
+    known = {number: name for layer in layers for number, name in layer.names.items()} | dict(names)
+    labels = names_of_labels(numbers, known, settings.labels)
+    for number, label in labels.items():
+        result.picked |= matches(settings.labels or (), {label, known.get(number, ""), str(number)})
+    result.notes = sorted({note for layer in layers for note in layer.notes})
+    for layer in layers:
+        here = [number for number in labels_of(layer) if number in labels]
+        if settings.min_component_ml:
+            layer, removed = without_small_components(layer, here, settings.min_component_ml)
+            gone = [number for number in here if number not in labels_of(layer)]
+            here = [number for number in here if number not in gone]
+            for number, count in removed.items():
+                result.notes.append(
+                    f"label {labels[number]}: {count} components below {settings.min_component_ml:g} ml were removed"
+                )
+            for number in gone:
+                error = ValueError(f"no component has at least {settings.min_component_ml:g} ml (min_component_ml)")
+                result.failures[labels[number]] = error
+        for number, surface in (label_surfaces(layer, here) if here else {}).items():
+            result.by_label[labels[number]] = surface
+    return result
+
+
+def _threshold_surfaces(path: Path, settings: PrepareSettings) -> Surfaces:
+    from trellis.geometry.volume import parse_threshold, read_intensity, threshold_surface
+
+    low, high = parse_threshold(settings.threshold)
+    volume = read_intensity(path, spacing_mm=settings.spacing_mm)
+    result = Surfaces(notes=list(volume.notes), picked=set(settings.labels or ()))
+    result.by_label[settings.threshold_label] = threshold_surface(volume.data, volume.affine, low, high)
+    return result
+
+
+def without_small_components(
+    volume: LabelVolume, numbers: Sequence[int], min_ml: float
+) -> tuple[LabelVolume, dict[int, int]]:
+    """A label volume without components (voxels that touch, corners included) below a size.
+
+    Args:
+        numbers: labels that are looked at. min_ml: smallest volume that stays.
+
+    Returns:
+        The volume, and label -> number of removed components, of labels that lost any.
+    """
+    from scipy import ndimage
+
+    voxel_ml = volume.voxel_volume_mm3 / 1000
+    data, removed = volume.data.copy(), {}
+    boxes = ndimage.find_objects(volume.data.astype(np.int32, copy=False))
+    for number in numbers:
+        part = data[boxes[number - 1]]
+        components, count = ndimage.label(part == number, structure=np.ones((3, 3, 3)))
+        small = np.bincount(components.ravel(), minlength=count + 1) * voxel_ml < min_ml
+        small[0] = False
+        if small.any():
+            part[small[components]] = 0
+            removed[number] = int(small.sum())
+    return dataclasses.replace(volume, data=data), removed
+
+
+def candidate_tables(path: Path, data_root: Path) -> Iterator[Path]:
+    """Files that may name the labels of a volume: one of its own name beside it, then dataset.json on the way up."""
+    if path.is_file():
+        from trellis.geometry.volume_readers import volume_suffix
+
+        stem = path.name[: -len(volume_suffix(path))]
+        bases = dict.fromkeys((stem, path.name, path.name.removesuffix(".gz")))
+        for base in bases:
+            for suffix in (".txt", ".csv", ".tsv", ".ctbl", ".label", ".json"):
+                yield path.parent / (base + suffix)
+    folder = path.parent
+    while True:
+        yield folder / "dataset.json"
+        if folder == data_root or folder == folder.parent:
+            return
+        folder = folder.parent
+
+
+def find_table(path: Path, data_root: Path) -> Path | None:
+    """The first of `candidate_tables` that is there and names labels.
+
+    A file that only happens to lie there (a JSON of scan parameters, a report) is passed over.
+    """
+    from trellis.geometry.label_names import read_label_names
+
+    for candidate in candidate_tables(path, data_root):
+        if candidate.is_file():
+            try:
+                read_label_names(candidate)
+            except (ValueError, OSError):
+                continue
+            return candidate
+    return None
