@@ -180,6 +180,19 @@ def test_gifti_is_ras_and_its_transform_to_scanner_space_is_applied(tmp_path: Pa
     assert_same_mesh(*[(m := read_mesh(path)).vertices, m.faces], vertices + [1.5, -2, 3], faces)
 
 
+def test_gifti_bomb_is_refused(tmp_path: Path):
+    import re
+    import zlib
+
+    vertices, faces = lopsided_tetrahedron()
+    path = tmp_path / "a.gii"
+    write_gifti(path, vertices, faces)
+    bomb = base64.b64encode(zlib.compress(bytes(50_000_000)))
+    path.write_bytes(re.sub(rb"<Data>[^<]*</Data>", b"<Data>" + bomb + b"</Data>", path.read_bytes(), count=1))
+    with pytest.raises(ValueError, match="a.gii.*unpacks to more than the 96 bytes"):
+        read_mesh(path)
+
+
 def test_freesurfer_surfaces_get_c_ras(tmp_path: Path, caplog):
     import nibabel
 

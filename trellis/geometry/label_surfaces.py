@@ -112,15 +112,16 @@ def _surface_nets(data: np.ndarray, label_count: int) -> tuple[np.ndarray, np.nd
         points [V, 3] float64 in voxel index space; quads [Q, 4] int64; sides [Q, 2] int64, the two labels that a quad
         parts, 0 for background.
     """
-    import vtk
-    from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+    from vtkmodules.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+    from vtkmodules.vtkCommonDataModel import vtkImageData
+    from vtkmodules.vtkFiltersCore import vtkSurfaceNets3D
 
-    image = vtk.vtkImageData()
+    image = vtkImageData()
     image.SetDimensions(*data.shape)
     # VTK's first axis is the fastest one; it borrows this memory
     flat = np.ascontiguousarray(data.transpose(2, 1, 0)).reshape(-1)
     image.GetPointData().SetScalars(numpy_to_vtk(flat, deep=0))
-    nets = vtk.vtkSurfaceNets3D()
+    nets = vtkSurfaceNets3D()
     nets.SetInputData(image)
     nets.SetBackgroundLabel(0)
     nets.GenerateLabels(label_count, 1, label_count)
@@ -178,8 +179,9 @@ def threshold_surface(
     Raises:
         ValueError: no voxel lies within the bounds.
     """
-    import vtk
-    from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+    from vtkmodules.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+    from vtkmodules.vtkCommonDataModel import vtkImageData
+    from vtkmodules.vtkFiltersCore import vtkFlyingEdges3D
 
     values = np.asarray(data, dtype=np.float64)
     field = values - low if high is None else np.minimum(values - low, high - values)
@@ -194,11 +196,11 @@ def threshold_surface(
         for end in (0, -1):
             face = np.moveaxis(field, axis, 0)[end]
             face[...] = -np.abs(face)
-    image = vtk.vtkImageData()
+    image = vtkImageData()
     image.SetDimensions(*field.shape)
     flat = np.ascontiguousarray(field.transpose(2, 1, 0)).reshape(-1)
     image.GetPointData().SetScalars(numpy_to_vtk(flat, deep=0))
-    contour = vtk.vtkFlyingEdges3D()
+    contour = vtkFlyingEdges3D()
     contour.SetInputData(image)
     contour.SetValue(0, 0.0)
     contour.ComputeNormalsOff()

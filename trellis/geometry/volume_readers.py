@@ -186,8 +186,8 @@ def read_raw_volume(path: str | Path) -> RawVolume:
         )
     try:
         raw = reader(path)
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise ValueError(f"{path}: needs more memory than there is: {error}") from None
     except UNREADABLE as error:
         raise ValueError(f"{path}: truncated or damaged: {str(error) or type(error).__name__}") from error
     except Exception as error:

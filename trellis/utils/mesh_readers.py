@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
 import logging
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +204,7 @@ def read_gifti(path: Path) -> RawMesh:
             raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES} bytes")
     else:
         text = path.read_bytes()
+    _refuse_gifti_bomb(text)
     image = nibabel.GiftiImage.from_bytes(text)
     points = image.get_arrays_from_intent("NIFTI_INTENT_POINTSET")
     triangles = image.get_arrays_from_intent("NIFTI_INTENT_TRIANGLE")
@@ -216,6 +219,30 @@ def read_gifti(path: Path) -> RawMesh:
     if np.linalg.det(matrix[:3, :3]) < 0:
         faces = faces[:, ::-1]
     return RawMesh(vertices, faces, "RAS")
+
+
+def _refuse_gifti_bomb(text: bytes) -> None:
+    """ValueError if packed arrays hold more than the dimensions of any array in the file can need."""
+    dimensions = re.findall(rb"<DataArray\b[^>]*>", text)
+    most = 0
+    for tag in dimensions:
+        size = 8
+        for n in re.findall(rb"\bDim\d\s*=\s*[\"'](\d{1,18})[\"']", tag):
+            size *= int(n)
+        most = max(most, size)
+    for packed in re.findall(rb"<Data>([^<]*)</Data>", text):
+        try:
+            stream = base64.b64decode(packed)
+        except ValueError:
+            continue  # plain numbers, or damaged: the parser will say
+        if stream[:1] != b"\x78":
+            continue
+        unpacker, total = zlib.decompressobj(), 0
+        while stream and not unpacker.eof:
+            total += len(unpacker.decompress(stream, 1 << 20))
+            stream = unpacker.unconsumed_tail
+            if total > most + 64:
+                raise ValueError(f"a packed array unpacks to more than the {most} bytes that its dimensions allow")
 
 
 def _gifti_to_ras(array: Any) -> np.ndarray:

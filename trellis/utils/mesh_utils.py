@@ -89,9 +89,8 @@ def read_mesh(path: str | Path, *, mesh_space: str = "LPS") -> Mesh:
         vertices, faces = _checked(raw)
     except Exception as error:
         # the format libraries raise whatever they trip over; a bad file is always the user's to fix
-        if isinstance(error, MemoryError):
-            raise
-        reason = str(error) or type(error).__name__
+        words = str(error) or type(error).__name__
+        reason = f"needs more memory than there is: {words}" if isinstance(error, MemoryError) else words
         raise ValueError(f"{path}: not a readable {mesh_suffix(path) or 'FreeSurfer'} mesh: {reason}") from error
     if (raw.space or mesh_space) == "LPS":
         vertices = swap_lps_ras(vertices)
