@@ -1,6 +1,6 @@
 """Quality of surfaces made from a label volume: Dice and volume when voxelised again, smoothness, signed distance.
 
-    python benchmarks/bench_label_surfaces.py VOLUME [--reach 0.499] [--iterations 30] [--json OUT]
+    python benchmarks/bench_label_surfaces.py VOLUME... [--reach 0.499] [--iterations 30] [--json OUT]
 """
 
 from __future__ import annotations
@@ -125,15 +125,19 @@ def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 30) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("volume", type=Path)
+    parser.add_argument("volume", type=Path, nargs="+")
     parser.add_argument("--reach", type=float, nargs="+", default=[0.499])
     parser.add_argument("--iterations", type=int, nargs="+", default=[30])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    volume = read_volume(args.volume)
-    rows = [measure(volume, reach=r, iterations=n) for r in args.reach for n in args.iterations]
-    for row in rows:
-        print(json.dumps(row))
+    rows = []
+    for path in args.volume:
+        volume = read_volume(path)
+        for reach in args.reach:
+            for iterations in args.iterations:
+                figures = measure(volume, reach=reach, iterations=iterations)
+                rows.append({"volume": path.name, "date": time.strftime("%Y-%m-%d"), **figures})
+                print(json.dumps(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
