@@ -107,7 +107,8 @@ class Training:
         environment = {"OMP_NUM_THREADS": "1"}
         if world > 1:
             environment |= {
-                "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": "29731",
+                "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(20000 + os.getpid() % 10000),  # the same for all ranks of a test run
             }
         self.run = run
         run.parent.mkdir(parents=True, exist_ok=True)
