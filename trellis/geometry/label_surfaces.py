@@ -133,7 +133,17 @@ def _surface_nets(data: np.ndarray, label_count: int) -> tuple[np.ndarray, np.nd
     points = vtk_to_numpy(mesh.GetPoints().GetData()).astype(np.float64)
     quads = vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).astype(np.int64).reshape(-1, 4)
     sides = vtk_to_numpy(mesh.GetCellData().GetArray("BoundaryLabels")).astype(np.int64).reshape(-1, 2)
-    return points, quads, sides
+    return *_one_vertex_per_cell(points, quads, data.shape), sides
+
+
+def _one_vertex_per_cell(
+    points: np.ndarray, quads: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join the vertices of a cell: in some cells where labels touch VTK makes several, and surfaces would gape."""
+    cell = np.floor(points).astype(np.int64)
+    key = (cell[:, 0] * shape[1] + cell[:, 1]) * shape[2] + cell[:, 2]
+    _, first, joined = np.unique(key, return_index=True, return_inverse=True)
+    return points[first], joined.reshape(-1)[quads]
 
 
 def _split_by_label(
