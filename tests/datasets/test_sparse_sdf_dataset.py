@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from trellis.datasets.crop import crop_generator, draw_crop
-from trellis.datasets.sparse_sdf import SparseSDF, collate, level_sizes
+from trellis.datasets.sparse_sdf import SparseSDF, active_counts, collate, level_sizes
 from trellis.utils.blocks import SparseSDFBlocks, block_voxel_offsets, c_to_morton_permutation, morton_order
 from trellis.utils.io_utils import save_sparse_sdf
 
@@ -82,6 +82,13 @@ def test_level_sizes_count_distinct_voxels_at_each_stride(root, shape):
     assert SparseSDF(root, resolution=64)[1]["level_sizes"] == expected
     assert expected[3] == shape.num_blocks
     assert level_sizes(np.zeros((0, 512), bool)) == [0, 0, 0, 0]
+
+
+def test_active_counts(shape):
+    expected = shape.active.reshape(-1, 512).sum(axis=1)
+    np.testing.assert_array_equal(active_counts(shape.block_sdf), expected)
+    assert active_counts(np.zeros((3, 8, 8, 8), np.float16)).tolist() == [512] * 3
+    assert active_counts(shape.block_sdf[:0]).shape == (0,)
 
 
 def test_collate_offsets_sums_and_keeps_the_order(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
 import re
 from collections.abc import Sequence
@@ -170,34 +171,40 @@ class SparseSDF(Dataset):
         epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
         item = self.items[i]
         blocks = self._load(item)
-        sample = sample_from_blocks(blocks, sha256=item.sha256, label=item.label or None)
+        label = item.label or None
+        loss = None
+        if self.max_points is not None:
+            counts = active_counts(blocks.block_sdf)
+            if int(counts.sum()) > self.max_points:
+                rng = crop_generator(self.seed, epoch, item.sha256)
+                crop = draw_crop(blocks.block_index, counts, self.max_points, rng)
+                loss = crop.loss[crop.keep]
+                kept = {"block_index": blocks.block_index[crop.keep], "block_sdf": blocks.block_sdf[crop.keep]}
+                blocks = dataclasses.replace(blocks, **kept)
+        sample = sample_from_blocks(blocks, sha256=item.sha256, label=label)
         empty = ~sample["active"].numpy().view(np.uint64).any(axis=1)
         if empty.any():
             raise ValueError(f"{item.path}: {int(empty.sum())} blocks hold no active voxel")
-        if self.max_points is not None and sample["level_sizes"][0] > self.max_points:
-            sample = self._crop(sample, blocks.block_index, epoch)
+        if loss is not None:
+            sample |= {"loss_blocks": torch.from_numpy(loss), "cropped": True}
         return sample
-
-    def _crop(self, sample: dict[str, Any], block_index: np.ndarray, epoch: int) -> dict[str, Any]:
-        counts = np.count_nonzero(sample["active"].numpy(), axis=1)
-        crop = draw_crop(block_index, counts, self.max_points, crop_generator(self.seed, epoch, sample["sha256"]))
-        keep = torch.from_numpy(crop.keep)
-        active = sample["active"][keep]
-        return {
-            **sample,
-            "block_coords": sample["block_coords"][keep],
-            "block_sdf": sample["block_sdf"][keep],
-            "active": active,
-            "loss_blocks": torch.from_numpy(crop.loss)[keep],
-            "blocks_per_sample": torch.tensor(int(keep.sum())),
-            "level_sizes": level_sizes(active.numpy()),
-            "cropped": True,
-        }
 
 
 def active_mask(block_sdf: np.ndarray) -> np.ndarray:
     """|v| < 1 of a contiguous float16 array, by bit patterns (six times faster than abs on float16)."""
     return (block_sdf.view(np.uint16) & np.uint16(0x7FFF)) < np.uint16(0x3C00)
+
+
+def active_counts(block_sdf: np.ndarray) -> np.ndarray:
+    """Active voxels [M] int64 of each block of [M, 8, 8, 8] float16."""
+    counts = np.empty(len(block_sdf), dtype=np.int64)
+    rows = np.ascontiguousarray(block_sdf).reshape(-1, _VOXELS)
+    for start in range(0, len(rows), _ROWS_PER_PIECE):
+        piece = slice(start, start + _ROWS_PER_PIECE)
+        # Eight masks at once: a row's 64 words sum to eight byte counters of at most 64 each.
+        words = active_mask(rows[piece]).view(np.uint64).sum(axis=1)
+        counts[piece] = words.view(np.uint8).reshape(-1, 8).sum(axis=1)
+    return counts
 
 
 def _morton_rows(block_sdf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
