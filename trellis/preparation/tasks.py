@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def read_source(task: SourceTask) -> dict[str, Any]:
     stage = "read"
     try:
         record["content"] = content_hash(task.files)
-        with scrubbed_logs(names):
+        with scrubbed_logs(names), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # format libraries warn with paths; what matters is raised or in the notes
             surfaces = _surfaces(task)
         record["notes"] = [scrub(note, names) for note in surfaces.notes]
         record["picked"] = sorted(surfaces.picked)
