@@ -69,7 +69,8 @@ def dangling(path):
 CASES = {
     "empty.stl": empty, "empty.ply": empty, "empty.nii.gz": empty, "empty.npz": empty, "nan.stl": nan_vertices,
     "sheet.stl": open_sheet, "triangle.stl": one_triangle, "count.stl": count_too_large,
-    "zeros.nii.gz": volume_of_zeros, "fractions.nii": fractions, "cut.nii.gz": truncated, "pickled.npz": pickled, "text.npy": text_in_binary,
+    "zeros.nii.gz": volume_of_zeros, "fractions.nii": fractions,
+    "cut.nii.gz": truncated, "pickled.npz": pickled, "text.npy": text_in_binary,
     "text.nrrd": text_in_binary, "text.obj": text_in_binary, "text.vtp": text_in_binary, "link.nii.gz": dangling,
 }  # fmt: skip
 
