@@ -234,6 +234,19 @@ def test_failures_are_recorded_and_the_rest_is_done(model_folder, mesh_file, tmp
     assert not (tokens / "errors.csv").exists()
 
 
+def test_full_disk_is_a_failure_in_one_line(model_folder, mesh_file, tmp_path, monkeypatch):
+    from trellis.utils import io_utils
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(io_utils.os, "fsync", full)
+    result = run("encode", model_folder, mesh_file, "-o", tmp_path / "tokens", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "box.stl: [Errno 28] No space left on device" in result.output and "Traceback" not in result.output
+    assert list((tmp_path / "tokens").iterdir()) == [], "nothing half-written stays"
+
+
 def test_decode_refuses_what_it_cannot_do(model_folder, mesh_file, tmp_path):
     tokens = tmp_path / "tokens"
     assert run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu").exit_code == 0

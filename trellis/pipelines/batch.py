@@ -291,8 +291,11 @@ def write_errors(out: Path, failures: Sequence[Failure]) -> None:
     rows = csv.writer(text)
     rows.writerow(["id", "stage", "reason"])
     rows.writerows([f.id, f.stage, f.reason.replace(f.source, "<source>")] for f in failures)
-    with atomic_write(path) as stream:
-        stream.write(text.getvalue().encode())
+    try:
+        with atomic_write(path) as stream:
+            stream.write(text.getvalue().encode())
+    except OSError as error:  # a full disk: the failures themselves still have to reach the user
+        logger.warning("%s could not be written: %s", path, error)
 
 
 def one_line(error: BaseException) -> str:
