@@ -1,6 +1,6 @@
 """Quality of surfaces made from a label volume: Dice and volume when voxelised again, smoothness, signed distance.
 
-    python benchmarks/bench_label_surfaces.py VOLUME... [--reach 0.499] [--iterations 30] [--json OUT]
+    python benchmarks/bench_label_surfaces.py VOLUME... [--reach 0.499] [--iterations 40] [--json OUT]
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def signed_distance_to_voxels(points: np.ndarray, faces: np.ndarray, mask: np.nd
     return np.where(inside, -best, best)
 
 
-def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 30) -> dict:
+def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 40) -> dict:
     """Figures over all labels of a volume; everything in index space, so that voxels are unit cubes."""
     plain = LabelVolume(volume.data, np.eye(4))
     start = time.process_time()
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("volume", type=Path, nargs="+")
     parser.add_argument("--reach", type=float, nargs="+", default=[0.499])
-    parser.add_argument("--iterations", type=int, nargs="+", default=[30])
+    parser.add_argument("--iterations", type=int, nargs="+", default=[40])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-SHRINKAGE_AVERAGES = 40
+SHRINKAGE_AVERAGES = 60
 """Rounds of averaging over neighbours that tell shrinkage of a whole neighbourhood from the smoothing of stairs."""
 ALLOWED_SHRINKAGE_VOXELS = 0.1
 """What a neighbourhood may move as a whole; more is taken back. A single voxel keeps two thirds of its volume."""
@@ -30,7 +30,7 @@ def fair_positions(
     Args:
         points: [V, 3] float64, cell centres in voxel index space; quads: [Q, 4] int64; sides: [Q, 2] int64, the labels
             on both sides of a quad.
-        iterations: gradient steps, and two thirds as many again after reweighting; 30 are close to the minimum.
+        iterations: gradient steps, and two thirds as many again after reweighting; 40 are close to the minimum.
         reach: half the side of a vertex's box in voxels; below 0.5 no voxel centre changes sides.
 
     Returns:
@@ -39,7 +39,7 @@ def fair_positions(
     laplacian, transposed, junction = _sheet_laplacian(quads, len(points))
     # offsets from the cell centres, and their Laplacian by itself: float32 has digits to spare in a volume of any size
     of_centres = laplacian @ points.astype(np.float32)
-    step = 1 / (1.1 * _largest_eigenvalue(laplacian, transposed))
+    step = 1 / (1.15 * _largest_eigenvalue(laplacian, transposed))
     x = np.zeros(points.shape, dtype=np.float32)
     weight = np.ones((len(points), 1), dtype=np.float32)
     for steps in (iterations, (2 * iterations) // 3):
@@ -122,7 +122,7 @@ def _largest_eigenvalue(laplacian: object, transposed: object) -> float:
     """Of L^T L, by power iteration from a fixed start."""
     vector = np.random.default_rng(0).standard_normal((laplacian.shape[1], 1)).astype(np.float32)  # type: ignore[attr-defined]
     size = 1.0
-    for _ in range(10):
+    for _ in range(20):
         vector = transposed @ (laplacian @ vector)
         size = float(np.linalg.norm(vector))
         vector /= max(size, 1e-30)

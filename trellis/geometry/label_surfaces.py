@@ -12,7 +12,7 @@ from trellis.geometry.label_smoothing import fair_positions, triangulate
 if TYPE_CHECKING:
     from trellis.geometry.volume import LabelVolume
 
-SMOOTHING_ITERATIONS = 30
+SMOOTHING_ITERATIONS = 40
 SMOOTHING_REACH_VOXELS = 0.499
 """How far a vertex may move from the centre of its cell along each axis; below 0.5 no voxel centre changes sides."""
 
