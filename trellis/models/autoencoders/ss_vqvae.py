@@ -122,7 +122,8 @@ class SparseSDFVQVAE(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform Linears with zero bias; the convolutions keep their own start. No layer starts at zero.
 
-        The output layer starts small, so that tanh is far from saturation.
+        The output layer starts small, so that tanh is far from saturation, and so do the residual branches of the
+        transformer blocks, so that what the convolutions hand on is not drowned at first.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -130,6 +131,9 @@ class SparseSDFVQVAE(nn.Module):
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             self.decoder.out_layer.weight.mul_(0.3)
+            for name, weight in self.named_parameters():
+                if name.endswith(("attn.to_out.weight", "mlp.2.weight")):
+                    weight.mul_(0.2)
 
     @property
     def device(self) -> torch.device:
