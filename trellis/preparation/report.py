@@ -22,7 +22,8 @@ def describe_summary(summary: PrepareSummary) -> str:
     if summary.n_duplicates:
         lines.append(f"{summary.n_duplicates} shapes were found more than once and count once")
     if summary.n_stale:
-        lines.append(f"{summary.n_stale} files belong to shapes or settings that are gone; --prune-stale removes them")
+        what = "shapes or settings that are gone or not chosen"
+        lines.append(f"{summary.n_stale} files belong to {what}; --prune-stale removes them")
     lines += _some("warning", summary.warnings)
     reasons = Counter(f"{entry['stage']}: {entry['reason']}" for entry in summary.failures)
     lines += _some("failed", [f"{count} x {reason}" for reason, count in reasons.most_common()])
