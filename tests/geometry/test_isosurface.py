@@ -287,6 +287,26 @@ def test_noise_is_closed_manifold_and_agrees_with_the_dense_oracle(seed):
     assert cKDTree(middle).query(grid, p=np.inf)[0].max() <= 0.5 + 0.06
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_distance_fields_full_of_kinks_stay_manifold(seed):
+    """Voxel-exact distances to random blobs: everything is sharp, and much of it symmetric to the last bit."""
+    rng = np.random.default_rng(seed)
+    size = 32
+    smooth = scipy.ndimage.gaussian_filter(rng.standard_normal((size,) * 3), 0.5 + 0.3 * (seed % 3))
+    inside = smooth < np.quantile(smooth, 0.1 + 0.3 * (seed % 2))
+    outer, inner = (scipy.ndimage.distance_transform_edt(m) for m in (~inside, inside))
+    values = np.clip(np.where(inside, 0.5 - inner, outer - 0.5) / 4, -1, 1).astype(np.float16)
+    split = values.reshape(4, 8, 4, 8, 4, 8).transpose(0, 2, 4, 1, 3, 5).reshape(64, 8, 8, 8)
+    index = np.stack(np.meshgrid(*[np.arange(4)] * 3, indexing="ij"), -1).reshape(-1, 3).astype(np.int16)
+    vertices, faces = extract_mesh(SparseSDFBlocks(index, np.ascontiguousarray(split), None, size))
+    assert_closed_manifold(faces, len(vertices))
+    crossings = sum(np.count_nonzero(np.diff(np.pad(inside, 1), axis=axis)) for axis in range(3))
+    assert len(vertices) > 1.02 * crossings  # features were found
+    for exact in (vertices, vertices.astype(np.float32)):  # as in a binary STL
+        assert len(np.unique(exact, axis=0)) == len(vertices)
+    assert 0 < signed_volume(vertices, faces) * size**3 < 1.1 * inside.sum()
+
+
 def test_some_noise_has_an_inside_without_blocks():
     assert any(
         PaddedBlocks(noise_blocks(seed)).shell_inside.any() for seed in range(0, 12, 3)

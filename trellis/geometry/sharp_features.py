@@ -17,6 +17,8 @@ _RANK_LIMIT = 0.1
 """Eigenvalues below this share of the largest are directions along the feature, where the planes say nothing."""
 _MAX_OUTSIDE = 1.0
 """A feature point farther outside its cell (voxels) is not believed; tips without a voxel centre lie outside a bit."""
+_PULL = 2e-3
+"""Feature points go this share of the way to the middle of their loop, so that no two vertices come to lie together."""
 _CHUNK_FACES = 1 << 20
 
 
@@ -87,7 +89,7 @@ def _sharp_loops(
 def _feature_points(
     vertices: np.ndarray, normals: np.ndarray, reliable: np.ndarray, ring: np.ndarray, used: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points [L, 3] closest to the tangent planes at rings [L, 7] of vertices; whether they are near their cells."""
+    """Points [L, 3] closest to the tangent planes at rings [L, 7] of vertices; whether they can be used."""
     position = vertices[ring]
     weight = used.astype(np.float64)
     middle = (position * weight[:, :, None]).sum(axis=1) / weight.sum(axis=1)[:, None]
@@ -99,7 +101,10 @@ def _feature_points(
     along = np.where(solid, along / np.where(solid, values, 1), 0)
     point = middle + np.einsum("lij,lj->li", vectors, along)
     low = np.floor(np.where(used[:, :, None], position, np.inf).min(axis=1))
-    return point, np.abs(point - np.clip(point, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
+    near = np.abs(point - np.clip(point, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
+    point += _PULL * (middle - point)
+    _, number, count = np.unique(np.round(point, 6), axis=0, return_inverse=True, return_counts=True)
+    return point, near & (count[number.reshape(-1)] == 1)
 
 
 def _folds_over(
