@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -66,14 +64,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a .ckpt, .pth, .pt or .safetensors file, or null")
+    if path.suffix not in (".safetensors", ".ckpt", ".pth", ".pt", ".bin"):
+        raise ValueError(f"{path}: weights must be .ckpt, .pth, .pt, .bin or .safetensors, got {path.suffix!r}")
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
-        elif path.suffix in (".ckpt", ".pth", ".pt", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            raise ValueError(f"{path}: weights must be .ckpt, .pth, .pt, .bin or .safetensors, got {path.suffix!r}")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles make the loader trip over anything, UnicodeDecodeError to IndexError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable weights file (damaged, or not only tensors): {reason}") from None
     for key in ("vae", "state_dict", "model"):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from trellis.modules.sparse.kernels.support import has_kernels
+
 SCORE_BYTES = 64 << 20
 """Bound of one chunk of the row-to-code scores: never [N, K] at once."""
 MAX_POOL_ROWS = 1 << 16
@@ -49,8 +51,12 @@ class _Pending:
 
 
 def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Index [N] int64 of the nearest code (Euclidean) of rows [N, L] among [K, L], in float32, in chunks."""
+    """Index [N] int64 of the nearest code (Euclidean) of rows [N, L] among [K, L], in float32, never [N, K] at once."""
     rows, codebook = rows.detach().float(), codebook.detach().float()
+    if has_kernels(rows.device):
+        from trellis.modules.sparse.kernels import nearest
+
+        return nearest.nearest_code(rows, codebook)
     half_norm = 0.5 * codebook.square().sum(1)
     step = max(1, SCORE_BYTES // (4 * codebook.shape[0]))
     out = torch.empty(rows.shape[0], dtype=torch.long, device=rows.device)

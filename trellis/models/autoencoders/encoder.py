@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trellis.modules.sparse.conv.module import SparseConv3d
 from trellis.modules.sparse.levels import Grid, Pyramid
 from trellis.modules.sparse.linear import SparseLinear
 from trellis.modules.sparse.norm import SparseGroupNorm, layer_norm
-from trellis.modules.sparse.pool import first_stage, pool
+from trellis.modules.sparse.pool import first_stage
 from trellis.modules.sparse.transformer import TransformerBlock, position_embedding
 
 
@@ -30,17 +29,17 @@ class DownBlock(nn.Module):
         )
         self.skip_connection = SparseConv3d(in_channels, out_channels, kernel_size=1)
 
-    def after_pool(self, hidden: Tensor, skip: Tensor, grid: Grid, backend: str) -> Tensor:
+    def after_pool(self, hidden: Tensor, skip: Tensor, grid: Grid, fused: bool, backend: str) -> Tensor:
         """The part on the coarse grid: [P, in] twice -> [P, out]."""
         conv_in, norm, _, conv_out = self.out_layers
         hidden = conv_in(hidden, grid, backend=backend)
-        hidden = F.silu(norm(hidden, grid))
+        hidden = norm(hidden, grid, silu=True, fused=fused)
         return conv_out(hidden, grid, backend=backend) + self.skip_connection(skip, grid)
 
-    def forward(self, feats: Tensor, fine: Grid, coarse: Grid, backend: str) -> Tensor:
+    def forward(self, feats: Tensor, fine: Grid, coarse: Grid, fused: bool, backend: str) -> Tensor:
         """[N, in] on `fine` -> [P, out] on `coarse`."""
-        hidden = pool(F.silu(self.act_layers[0](feats, fine)), fine, coarse)
-        return self.after_pool(hidden, pool(feats, fine, coarse), coarse, backend)
+        hidden, skip = self.act_layers[0].silu_pool(feats, fine, coarse, fused=fused)
+        return self.after_pool(hidden, skip, coarse, fused, backend)
 
 
 class SparseSDFEncoder(nn.Module):
@@ -80,13 +79,12 @@ class SparseSDFEncoder(nn.Module):
 
     def _first_block(self, pyramid: Pyramid, dtype: torch.dtype, fused: bool, backend: str) -> Tensor:
         block, fine, coarse = self.downsample[0], pyramid.grids[0], pyramid.grids[1]
-        values = pyramid.values if pyramid.values.dtype == torch.float64 else pyramid.values.float()
         if not fused:
-            rows = values.reshape(-1)[fine.slots][:, None].to(dtype)
-            return block(self.input_layer1(rows), fine, coarse, backend)
+            rows = pyramid.values.reshape(-1)[fine.slots][:, None].to(dtype)
+            return block(self.input_layer1(rows), fine, coarse, fused, backend)
         norm = block.act_layers[0]
         hidden, skip = first_stage(
-            values,
+            pyramid.values,
             fine,
             coarse,
             self.input_layer1.weight[:, 0],
@@ -95,8 +93,9 @@ class SparseSDFEncoder(nn.Module):
             norm.bias,
             norm.groups,
             norm.eps,
+            dtype=dtype,
         )
-        return block.after_pool(hidden.to(dtype), skip.to(dtype), coarse, backend)
+        return block.after_pool(hidden, skip, coarse, fused, backend)
 
     def forward(
         self,
@@ -110,7 +109,7 @@ class SparseSDFEncoder(nn.Module):
         """Mean and log-variance [M, L] (float32, or float64) of every block of the pyramid."""
         x = self._first_block(pyramid, dtype, fused, backend)
         for i, block in enumerate(list(self.downsample)[1:], start=1):
-            x = block(x, pyramid.grids[i], pyramid.grids[i + 1], backend)
+            x = block(x, pyramid.grids[i], pyramid.grids[i + 1], fused, backend)
         topology = pyramid.topology
         x = self.input_layer(x)
         x = x + position_embedding(topology.coords[:, 1:], x.shape[1], factor).to(x.dtype)

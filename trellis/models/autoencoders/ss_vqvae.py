@@ -172,7 +172,8 @@ class SparseSDFVQVAE(nn.Module):
                 batch[key].to(self.device, non_blocking=True) for key in ("block_coords", "block_sdf", "active")
             )
             samples = len(batch["blocks_per_sample"]) if "blocks_per_sample" in batch else None
-            return build_pyramid(coords, values, active, batch.get("level_sizes"), samples)
+            extent = -(-batch["resolution"] // LATENT_STRIDE) if "resolution" in batch else None
+            return build_pyramid(coords, values, active, batch.get("level_sizes"), samples, extent)
         missing = [key for key in ("sparse_sdf", "sparse_index", "batch_idx") if key not in batch]
         if missing:
             raise ValueError(f"a batch needs block_coords, block_sdf, active, or the flat form; missing: {missing}")

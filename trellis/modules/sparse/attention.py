@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trellis.modules.sparse.levels import Topology, WindowPlan
@@ -17,6 +19,20 @@ MAX_PADDED_ROWS = 1 << 15
 """Rows of one padded batch of windows: bounds the memory of the scores."""
 
 
+class Permute(torch.autograd.Function):
+    """x[order], whose gradient gathers by the inverse permutation: no atomic additions, the same bits on every run."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return x.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.inverse), None, None
+
+
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tensor:
     """Attention of every row to the rows of its window.
 
@@ -26,12 +42,16 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Ten
     Returns:
         [M, heads, dim] = softmax(q k^T / sqrt(dim)) v within each window.
     """
+    order, inverse = plan.order, plan.inverse
+    q, k, v = (Permute.apply(x, order, inverse) for x in (q, k, v))
+    return Permute.apply(sorted_attention(q, k, v, plan), inverse, order)
+
+
+def sorted_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tensor:
+    """`windowed_attention` for rows that are sorted by window already (`plan.order`)."""
     if q.shape[0] == 0:
         return torch.zeros_like(q)
-    order = plan.order
-    q, k, v = q[order], k[order], v[order]
-    out = varlen_attention(q, k, v, plan) if _has_varlen(q) else padded_attention(q, k, v, plan)
-    return out[plan.inverse]
+    return varlen_attention(q, k, v, plan) if _has_varlen(q) else padded_attention(q, k, v, plan)
 
 
 def _has_varlen(q: Tensor) -> bool:
@@ -108,8 +128,11 @@ class WindowAttention(nn.Module):
     def forward(self, feats: Tensor, topology: Topology) -> Tensor:
         """[M, C] on the latent grid -> [M, C]."""
         m, channels = feats.shape
-        q, k, v = self.to_qkv(feats).view(m, 3, self.heads, channels // self.heads).unbind(1)
+        plan = topology.windows(self.window_size, self.shift)
+        # sorted by window before the projection and back after the other: a third of moving queries, keys and values
+        sorted_feats = Permute.apply(feats, plan.order, plan.inverse)
+        q, k, v = self.to_qkv(sorted_feats).view(m, 3, self.heads, channels // self.heads).unbind(1)
         if self.q_rms_norm is not None and self.k_rms_norm is not None:
             q, k = self.q_rms_norm(q), self.k_rms_norm(k)
-        plan = topology.windows(self.window_size, self.shift)
-        return self.to_out(windowed_attention(q, k, v, plan).reshape(m, channels))
+        out = self.to_out(sorted_attention(q, k, v, plan).reshape(m, channels))
+        return Permute.apply(out, plan.inverse, plan.order)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from trellis.modules.sparse.levels import Grid
+from trellis.modules.sparse.kernels.support import has_kernels
+from trellis.modules.sparse.levels import Grid, Topology
 
 CHUNK_ELEMENTS = 1 << 22
 
@@ -83,6 +84,40 @@ class _FirstStage(torch.autograd.Function):
         return None, None, grad_scale, grad_shift, None
 
 
+class FusedFirstStage(torch.autograd.Function):
+    """The same and the pooled input on the kernels, without gathered values or an [P, 8, C] tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        occupancy: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        coarse: Grid,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        from trellis.modules.sparse.kernels.first_stage import first_forward
+
+        tables = tuple(t.detach().contiguous() for t in (scale, shift, weight, bias))
+        ctx.save_for_backward(values, occupancy, *tables[:2])
+        ctx.coarse = coarse
+        return first_forward(values, occupancy, coarse, tables, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
+        from trellis.modules.sparse.kernels.first_stage import first_backward
+
+        values, occupancy, scale, shift = ctx.saved_tensors
+        grads = first_backward(
+            grad.contiguous(), grad_pooled.contiguous(), values, occupancy, ctx.coarse, scale, shift
+        )
+        return None, None, *grads, None, None
+
+
 def _chunks(offsets: list[int], columns: int) -> list[tuple[int, int, int]]:
     """(sample, start, stop) pieces of contiguous rows of one sample."""
     step = max(1, CHUNK_ELEMENTS // columns)
@@ -103,6 +138,8 @@ def first_stage(
     norm_bias: Tensor,
     groups: int,
     eps: float,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear 1 -> C, then GroupNorm, SiLU and pool, without a full-resolution feature tensor.
 
@@ -111,10 +148,10 @@ def first_stage(
 
     Args:
         values: [M, 512] TSDF; fine: grid at stride 1; coarse: at stride 2; weight, bias: [C] of the Linear;
-        norm_weight, norm_bias: [C].
+        norm_weight, norm_bias: [C]; dtype: of the result, float32 when None (float64 for float64 values).
 
     Returns:
-        pooled SiLU(GN(x)) and pooled x, each float32 [P, C] (float64 for float64 values).
+        pooled SiLU(GN(x)) and pooled x, each [P, C].
     """
     topology = fine.topology
     wide = torch.promote_types(values.dtype, torch.float32)
@@ -122,14 +159,16 @@ def first_stage(
     occupancy = fine.occupancy
     if occupancy is None:
         occupancy = torch.ones_like(values, dtype=torch.bool)
-    sample = topology.coords[:, 0].long()
-    exact = torch.where(occupancy, values, 0).double()
-    zeros = torch.zeros(topology.num_samples, dtype=torch.float64, device=values.device)
-    count = zeros.index_add(0, sample, occupancy.sum(1).double()).clamp_min(1)
-    mean = zeros.index_add(0, sample, exact.sum(1)) / count
-    centred = torch.where(occupancy, exact - mean[sample][:, None], 0).square().sum(1)
-    variance = zeros.index_add(0, sample, centred) / count
-    mean, variance = mean.to(wide)[:, None], variance.to(wide)[:, None]
+    dtype = dtype or wide
+    kernels = has_kernels(values.device, values.dtype)
+    if kernels:
+        from trellis.modules.sparse.kernels.first_stage import value_moments
+
+        occupancy = occupancy.contiguous()
+        values = values.contiguous()
+        mean, variance = (t[:, None] for t in value_moments(values, occupancy, topology.sample_starts))
+    else:
+        mean, variance = _value_moments(values, occupancy, topology)
 
     channel_mean = mean * weight + bias
     grouped = channel_mean.view(len(mean), groups, weight.shape[0] // groups)
@@ -141,10 +180,25 @@ def first_stage(
     scale = norm_weight * weight * rstd
     shift = norm_weight * (bias - group_mean) * rstd + norm_bias
 
+    if kernels:
+        return FusedFirstStage.apply(values, occupancy, scale, shift, weight, bias, coarse, dtype)
     slots = coarse.slots
     exists = occupancy.reshape(-1, 8)[slots]
     s = torch.where(exists, values.reshape(-1, 8)[slots].to(wide), 0)
     hidden = _FirstStage.apply(s, exists, scale, shift, coarse.sample_offsets.tolist())
     n = exists.sum(1, keepdim=True).to(wide)
     skip = (s.sum(1, keepdim=True) / (n + 1)) * weight + (n / (n + 1)) * bias
-    return hidden, skip
+    return hidden.to(dtype), skip.to(dtype)
+
+
+def _value_moments(values: Tensor, occupancy: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:
+    """Mean and centred variance [B, 1] of the values that exist, per sample; summed in float64."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    sample = topology.coords[:, 0].long()
+    exact = torch.where(occupancy, values, 0).double()
+    zeros = torch.zeros(topology.num_samples, dtype=torch.float64, device=values.device)
+    count = zeros.index_add(0, sample, occupancy.sum(1).double()).clamp_min(1)
+    mean = zeros.index_add(0, sample, exact.sum(1)) / count
+    centred = torch.where(occupancy, exact - mean[sample][:, None], 0).square().sum(1)
+    variance = zeros.index_add(0, sample, centred) / count
+    return mean.to(wide)[:, None], variance.to(wide)[:, None]

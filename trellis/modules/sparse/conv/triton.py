@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gemm import CHILDREN, PARENTS, gather_gemm
+from trellis.modules.sparse.conv.triton_gather import CHILDREN, PARENTS
+from trellis.modules.sparse.conv.triton_gemm import gather_gemm
 from trellis.modules.sparse.conv.triton_scalar import scalar_backward, scalar_forward
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
 from trellis.modules.sparse.levels import Grid
@@ -80,8 +81,10 @@ def to_scalar_backward(
     weights, biases, readouts = [], [], []
     for child in range(0, 8, SCALAR_GROUP):
         where = {"first_child": child, "group": SCALAR_GROUP}
-        hidden, grad_bias, grad_out = scalar_backward(grad, values, feats, stacked, bias, out_weight, table, **where)
-        weights.append(gather_wgrad(feats, hidden, table, mode=CHILDREN, **where))
+        hidden, grad_weight, grad_bias, grad_out = scalar_backward(
+            grad, values, feats, stacked, bias, out_weight, table, **where
+        )
+        weights.append(grad_weight)
         grad_input = gather_gemm(hidden, transposed, None, table, mode=PARENTS, out=grad_input, **where)
         biases.append(grad_bias)
         readouts.append(grad_out)

@@ -1,7 +1,7 @@
 """The decoder's last stage in one kernel each way: subdivide, convolution, SiLU, Linear to a scalar, tanh.
 
-The forward pass goes from parents to one value per child. The backward pass recomputes the hidden features for a few
-children at a time and hands their gradient to the kernels of the other convolutions.
+The forward pass goes from parents to one value per child. The backward pass recomputes the hidden features; one kernel
+makes their gradient for a few children at a time and, while it holds the gathered parents, the weight gradients.
 """
 
 from __future__ import annotations
@@ -11,54 +11,111 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gemm import Tile, child_tap, gather_rows
+from trellis.modules.sparse.conv.triton_gather import CHILDREN, Tile, gather
+from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
 from trellis.modules.sparse.kernels.support import dot_precision
 
+FUSED_WIDTH = 32
+"""Up to this many channels the weight gradient of a child fits in a program's registers."""
+PROGRAMS = 132 * 3
+"""Programs of the backward kernel; each keeps its sums over many rows."""
 
-@triton.jit(do_not_specialize=["count", "first_child"])
-def scalar_kernel(
-    feats, weights, bias, out_weight, out_bias, values, grad_values, grad_hidden, sums, table, count, first_child,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+
+@triton.jit
+def child_hidden(
+    feats, weights, bias, table, count, rows, live, child,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, TPS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """[BM, BN] float32: the convolution of one child of each row, before the activation."""
     STEPS: tl.constexpr = (C_IN + BK - 1) // BK
-    pid = tl.program_id(0)
-    local = pid % GROUP
-    child = first_child + local
-    rows = (pid // GROUP).to(tl.int64) * BM + tl.arange(0, BM)
-    live = rows < count
     columns = tl.arange(0, BN)
     acc = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, 8 * STEPS):
-        tap = k // STEPS
+    for k in range(0, (8 // TPS) * STEPS):
+        tap = (k // STEPS) * TPS
         channels = (k % STEPS) * BK + tl.arange(0, BK)
-        column = child_tap(child, tap)
-        near = tl.load(table + column.to(tl.int64) * count + rows, mask=live, other=-1)
-        a = gather_rows(feats, near, channels, C_IN, C_IN % BK == 0)
-        pointers = weights + ((child * 8 + tap) * C_IN + channels)[:, None] * C_OUT + columns[None, :]
+        a = gather(feats, table, count, rows, live, tap, channels, child, C_IN, 8, 1, 8, TPS, BK)
+        place = tl.arange(0, TPS * BK)
+        of_tap, of_channel = tap + place // BK, (k % STEPS) * BK + place % BK
+        pointers = weights + ((child * 8 + of_tap) * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
         if C_IN % BK == 0 and C_OUT % BN == 0:
             b = tl.load(pointers)
         else:
-            b = tl.load(pointers, mask=(channels < C_IN)[:, None] & (columns < C_OUT)[None, :], other=0.0)
+            b = tl.load(pointers, mask=(of_channel < C_IN)[:, None] & (columns < C_OUT)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc + tl.load(bias + columns, mask=columns < C_OUT, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["count"])
+def scalar_forward_kernel(
+    feats, weights, bias, out_weight, out_bias, values, table, count,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    child = pid % 8
+    rows = (pid // 8).to(tl.int64) * BM + tl.arange(0, BM)
+    live = rows < count
+    columns = tl.arange(0, BN)
+    hidden = child_hidden(
+        feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, TPS, PRECISION, BM, BN, BK
+    )
+    readout = tl.load(out_weight + columns, mask=columns < C_OUT, other=0.0).to(tl.float32)[None, :]
+    x = tl.sum(hidden / (1.0 + tl.exp(-hidden)) * readout, 1) + tl.load(out_bias).to(tl.float32)
+    e = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - e) / (1.0 + e)
+    tl.store(values + rows * 8 + child, tl.where(x < 0, -size, size), mask=live)
+
+
+@triton.jit(do_not_specialize=["count", "first_child", "tiles", "shares"])
+def scalar_backward_kernel(
+    feats, weights, bias, out_weight, values, grad_values, grad_hidden, partial, sums, table,
+    count, first_child, tiles, shares,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    local = pid % GROUP
+    share = pid // GROUP
+    child = first_child + local
+    columns = tl.arange(0, BN)
     known = columns < C_OUT
-    hidden = acc + tl.load(bias + columns, mask=known, other=0.0).to(tl.float32)[None, :]
     readout = tl.load(out_weight + columns, mask=known, other=0.0).to(tl.float32)[None, :]
-    gate = 1.0 / (1.0 + tl.exp(-hidden))
-    place = rows * 8 + child
-    if not BACKWARD:
-        x = tl.sum(hidden * gate * readout, 1) + tl.load(out_bias).to(tl.float32)
-        e = tl.exp(-2.0 * tl.abs(x))
-        size = (1.0 - e) / (1.0 + e)
-        tl.store(values + place, tl.where(x < 0, -size, size), mask=live)
-    else:
-        value = tl.load(values + place, mask=live, other=0.0)
-        outer = tl.load(grad_values + place, mask=live, other=0.0) * (1.0 - value * value)
+    shift = tl.load(bias + columns, mask=known, other=0.0).to(tl.float32)[None, :]
+    sum_hidden = tl.zeros([BN], tl.float32)
+    sum_readout = tl.zeros([BN], tl.float32)
+    place = tl.arange(0, 8 * BK)
+    inside = (place % BK < C_IN)[:, None] & known[None, :]
+    offsets = (place // BK * C_IN + place % BK)[:, None] * C_OUT + columns[None, :]
+    if FUSED:
+        w = tl.load(weights + child * 8 * C_IN * C_OUT + offsets, mask=inside, other=0.0)
+        acc = tl.zeros([8 * BK, BN], tl.float32)
+    for tile in range(share, tiles, shares):
+        rows = tile.to(tl.int64) * BM + tl.arange(0, BM)
+        live = rows < count
+        if FUSED:
+            channels = tl.arange(0, BK)
+            a = gather(feats, table, count, rows, live, 0, channels, child, C_IN, 8, 1, 8, 8, BK)
+            hidden = tl.dot(a, w, input_precision=PRECISION) + shift
+        else:
+            hidden = child_hidden(
+                feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, TPS, PRECISION, BM, BN, BK
+            )
+        gate = 1.0 / (1.0 + tl.exp(-hidden))
+        value = tl.load(values + rows * 8 + child, mask=live, other=0.0)
+        outer = tl.load(grad_values + rows * 8 + child, mask=live, other=0.0) * (1.0 - value * value)
         handed = outer[:, None] * readout * gate * (1.0 + hidden * (1.0 - gate))
+        sum_hidden += tl.sum(handed, 0)
+        sum_readout += tl.sum(outer[:, None] * hidden * gate, 0)
+        narrow = handed.to(grad_hidden.dtype.element_ty)
         target = grad_hidden + (rows * GROUP + local)[:, None] * C_OUT + columns[None, :]
-        tl.store(target, handed.to(grad_hidden.dtype.element_ty), mask=live[:, None] & known[None, :])
-        tl.store(sums + pid.to(tl.int64) * 2 * BN + columns, tl.sum(handed, 0))
-        tl.store(sums + (pid.to(tl.int64) * 2 + 1) * BN + columns, tl.sum(outer[:, None] * hidden * gate, 0))
+        tl.store(target, narrow, mask=live[:, None] & known[None, :])
+        if FUSED:
+            acc = tl.dot(tl.trans(a), narrow, acc, input_precision=PRECISION)
+    tl.store(sums + pid * 2 * BN + columns, sum_hidden)
+    tl.store(sums + (pid * 2 + 1) * BN + columns, sum_readout)
+    if FUSED:
+        tl.store(partial + pid.to(tl.int64) * 8 * C_IN * C_OUT + offsets, acc, mask=inside)
 
 
 def choose_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
@@ -66,8 +123,17 @@ def choose_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
     depth = max(16, min(64, triton.next_power_of_2(c_in)))
     columns = max(16, triton.next_power_of_2(c_out))
     if dtype == torch.float32:
-        return Tile(64, columns, min(depth, 32), 4, 2)
-    return Tile(128, columns, depth, 4, 3)
+        return Tile(64, columns, min(depth, 32), 1, 4, 2)
+    return Tile(128, columns, depth, max(1, 128 // depth), 4, 3)
+
+
+def choose_backward_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
+    """The same for the backward kernel; rows of a step where it keeps the weight gradient."""
+    tile = choose_tile(c_in, c_out, dtype)
+    fused_rows = 32 if dtype == torch.float32 else 64
+    if max(tile.depth, tile.columns) <= FUSED_WIDTH:
+        return Tile(fused_rows, tile.columns, tile.depth, 8, 4, 2)
+    return Tile(tile.rows, tile.columns, tile.depth, tile.taps, 4, 2)
 
 
 def scalar_forward(
@@ -76,50 +142,50 @@ def scalar_forward(
 ) -> Tensor:  # fmt: skip
     """float32 [N, 8] = tanh(SiLU(conv) . out_weight + out_bias) of every child; collapsed [64, in, out]."""
     count = table.shape[1]
+    c_in, c_out = collapsed.shape[-2:]
     values = torch.empty(count, 8, dtype=torch.float32, device=feats.device)
+    tile = tile or choose_tile(c_in, c_out, feats.dtype)
     if count:
-        _launch(feats, collapsed, bias, out_weight, out_bias, values, None, None, None, table, 0, 8, tile)
+        scalar_forward_kernel[(triton.cdiv(count, tile.rows) * 8,)](
+            feats, collapsed, bias, out_weight, out_bias, values, table, count,
+            C_IN=c_in, C_OUT=c_out, PRECISION=dot_precision(feats.dtype),
+            BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return values
 
 
 def scalar_backward(
     grad: Tensor, values: Tensor, feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, table: Tensor,
-    *, first_child: int, group: int, tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradient of the hidden features of some children, recomputed from the parents.
+    *, first_child: int, group: int, tile: Tile | None = None, programs: int = PROGRAMS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of some children's convolution, recomputed from the parents.
 
     Args:
         grad, values: float32 [N, 8], of the output. first_child, group: which children.
 
     Returns:
-        [N * group, out] in the dtype of feats; float32 [out] sums of it; float32 [out] gradient of out_weight.
+        gradient of the hidden features [N * group, out] in the dtype of feats; and, all float32, of their collapsed
+        weights [8 * group, in, out], of the bias [out] and of out_weight [out].
     """
-    count, c_out = table.shape[1], collapsed.shape[-1]
-    tile = tile or choose_tile(feats.shape[1], c_out, feats.dtype)
-    hidden = torch.empty(count * group, c_out, dtype=feats.dtype, device=feats.device)
-    programs = triton.cdiv(count, tile.rows) * group
-    sums = torch.empty(programs, 2, tile.columns, dtype=torch.float32, device=feats.device)
-    if count:
-        _launch(
-            feats, collapsed, bias, out_weight, bias, values, grad, hidden, sums, table, first_child, group, tile
-        )
-    total = sums.sum(0)[:, :c_out]
-    return hidden, total[0], total[1]
-
-
-def _launch(
-    feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, values: Tensor,
-    grad: Tensor | None, hidden: Tensor | None, sums: Tensor | None, table: Tensor, first_child: int, group: int,
-    tile: Tile | None,
-) -> None:  # fmt: skip
     count = table.shape[1]
     c_in, c_out = collapsed.shape[-2:]
-    tile = tile or choose_tile(c_in, c_out, feats.dtype)
-    backward = grad is not None
-    scalar_kernel[(triton.cdiv(count, tile.rows) * group,)](
-        feats, collapsed, bias, out_weight, out_bias, values,
-        grad if backward else values, hidden if backward else values, sums if backward else values,
-        table, count, first_child,
-        C_IN=c_in, C_OUT=c_out, GROUP=group, BACKWARD=backward, PRECISION=dot_precision(feats.dtype),
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    tile = tile or choose_backward_tile(c_in, c_out, feats.dtype)
+    fused = max(tile.depth, tile.columns) <= FUSED_WIDTH
+    hidden = torch.empty(count * group, c_out, dtype=feats.dtype, device=feats.device)
+    tiles = triton.cdiv(count, tile.rows)
+    shares = max(1, min(tiles, programs // group))
+    sums = torch.zeros(shares, group, 2, tile.columns, dtype=torch.float32, device=feats.device)
+    partial = torch.empty(shares if fused else 0, 8 * group, c_in, c_out, dtype=torch.float32, device=feats.device)
+    if count:
+        scalar_backward_kernel[(shares * group,)](
+            feats, collapsed, bias, out_weight, values, grad, hidden, partial if fused else sums, sums, table,
+            count, first_child, tiles, shares,
+            C_IN=c_in, C_OUT=c_out, GROUP=group, PRECISION=dot_precision(feats.dtype), FUSED=fused,
+            BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    if fused and count:
+        grad_weight = partial.sum(0)
+    else:
+        grad_weight = gather_wgrad(feats, hidden, table, mode=CHILDREN, first_child=first_child, group=group)
+    total = sums.sum((0, 1))[:, :c_out]
+    return hidden, grad_weight, total[0], total[1]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gemm import CHILDREN, PLAIN, Tile, child_tap, gather_rows
+from trellis.modules.sparse.conv.triton_gather import CHILDREN, PLAIN, Tile, gather
 from trellis.modules.sparse.kernels.support import dot_precision
 
 MAX_PARTIAL_BYTES = 96 << 20
@@ -20,51 +20,28 @@ PROGRAMS = 132 * 6
 """Programs that fill a large card a few times over."""
 
 
-@triton.jit
-def wgrad_step(feats, table, grad, acc, tap, child, rows, live, channels, count,
-               C_IN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    if MODE == 1:
-        column = child_tap(child, tap % 8)
-        near = tl.load(table + column.to(tl.int64) * count + rows, mask=live, other=-1)
-    else:
-        near = tl.load(table + tap.to(tl.int64) * count + rows, mask=live, other=-1)
-    a = gather_rows(feats, near, channels, C_IN, EXACT)
-    return tl.dot(tl.trans(a), grad, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def wgrad_store(partial, acc, split, tap, channels, columns,
-                TAPS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr):  # fmt: skip
-    base = (split.to(tl.int64) * TAPS + tap) * C_IN
-    inside = (channels < C_IN)[:, None] & (columns < C_OUT)[None, :]
-    tl.store(partial + (base + channels)[:, None] * C_OUT + columns[None, :], acc, mask=inside)
-
-
 @triton.jit(do_not_specialize=["count", "share", "first_child"])
 def gather_wgrad_kernel(
     feats, grad, partial, table, count, share, first_child,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
-    NT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
 ):  # fmt: skip
     TILES_M: tl.constexpr = (C_IN + BM - 1) // BM
     TILES_N: tl.constexpr = (C_OUT + BN - 1) // BN
-    EXACT: tl.constexpr = C_IN % BM == 0
     pid = tl.program_id(0)
-    split = tl.program_id(1)
-    channels = (pid % TILES_M) * BM + tl.arange(0, BM)
+    split = tl.program_id(1).to(tl.int64)
+    first_channel = (pid % TILES_M) * BM
     pid = pid // TILES_M
     columns = (pid % TILES_N) * BN + tl.arange(0, BN)
-    tap = (pid // TILES_N) * NT
-    child = first_child + tap // 8
-    acc0 = tl.zeros([BM, BN], tl.float32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
-    first = split.to(tl.int64) * share
+    tap = (pid // TILES_N) * TPS
+    channels = first_channel + tl.arange(0, BM)
+    acc = tl.zeros([TPS * BM, BN], tl.float32)
+    first = split * share
     last = tl.minimum(first + share, count)
     for start in range(first, last, BK):
         rows = start + tl.arange(0, BK)
         live = rows < last
+        a = gather(feats, table, count, rows, live, tap, channels, first_child, C_IN, TAPS, MODE, GROUP, TPS, BM)
         source = rows
         if MODE == 1:
             source = rows * GROUP + tap // 8
@@ -73,37 +50,22 @@ def gather_wgrad_kernel(
             g = tl.load(pointers, mask=live[:, None], other=0.0)
         else:
             g = tl.load(pointers, mask=live[:, None] & (columns < C_OUT)[None, :], other=0.0)
-        acc0 = wgrad_step(feats, table, g, acc0, tap, child, rows, live, channels, count, C_IN, MODE, EXACT, PRECISION)
-        if NT > 1:
-            acc1 = wgrad_step(
-                feats, table, g, acc1, tap + 1, child, rows, live, channels, count, C_IN, MODE, EXACT, PRECISION
-            )
-        if NT > 2:
-            acc2 = wgrad_step(
-                feats, table, g, acc2, tap + 2, child, rows, live, channels, count, C_IN, MODE, EXACT, PRECISION
-            )
-        if NT > 3:
-            acc3 = wgrad_step(
-                feats, table, g, acc3, tap + 3, child, rows, live, channels, count, C_IN, MODE, EXACT, PRECISION
-            )
-    wgrad_store(partial, acc0, split, tap, channels, columns, TAPS, C_IN, C_OUT)
-    if NT > 1:
-        wgrad_store(partial, acc1, split, tap + 1, channels, columns, TAPS, C_IN, C_OUT)
-    if NT > 2:
-        wgrad_store(partial, acc2, split, tap + 2, channels, columns, TAPS, C_IN, C_OUT)
-    if NT > 3:
-        wgrad_store(partial, acc3, split, tap + 3, channels, columns, TAPS, C_IN, C_OUT)
+        acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
+    place = tl.arange(0, TPS * BM)
+    of_tap, of_channel = tap + place // BM, first_channel + place % BM
+    inside = ((of_channel < C_IN) & (of_tap < TAPS))[:, None] & (columns < C_OUT)[None, :]
+    target = partial + ((split * TAPS + of_tap) * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
+    tl.store(target, acc, mask=inside)
 
 
-def choose_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> tuple[Tile, int]:
-    """Tile (rows = input channels, columns = output channels, depth = voxel rows) and taps per program."""
+def choose_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
+    """Rows and columns: input and output channels; depth: voxel rows of a step."""
     rows = max(16, min(128, triton.next_power_of_2(c_in)))
     columns = max(16, min(128, triton.next_power_of_2(c_out)))
     if dtype == torch.float32:
-        return Tile(min(rows, 64), min(columns, 64), 32, 4, 2), 1
-    if rows * columns <= 64 * 64:
-        return Tile(rows, columns, 64, 4, 3), 3 if mode == PLAIN else 4
-    return Tile(rows, columns, 64, 8 if rows * columns > 64 * 128 else 4, 3), 1
+        return Tile(min(rows, 64), min(columns, 64), 32, 1, 4, 2)
+    taps = max(1, min(8, 128 // rows))
+    return Tile(rows, columns, 64, taps, 8 if taps * rows * columns > 64 * 128 else 4, 3)
 
 
 def gather_wgrad(
@@ -115,7 +77,6 @@ def gather_wgrad(
     first_child: int = 0,
     group: int = 8,
     tile: Tile | None = None,
-    taps_per_program: int | None = None,
     programs: int = PROGRAMS,
 ) -> Tensor:
     """Sums over rows r of feats[row(r, t)]^T grad[r]: float32 [27, in, out], or [8 * group, in, out] for CHILDREN.
@@ -129,10 +90,8 @@ def gather_wgrad(
     taps = 27 if mode == PLAIN else 8 * group
     if count == 0:
         return torch.zeros(taps, c_in, c_out, device=feats.device)
-    chosen, several = choose_tile(c_in, c_out, mode, feats.dtype)
-    tile = tile or chosen
-    several = taps_per_program or several
-    width = triton.cdiv(taps, several) * triton.cdiv(c_in, tile.rows) * triton.cdiv(c_out, tile.columns)
+    tile = tile or choose_tile(c_in, c_out, mode, feats.dtype)
+    width = triton.cdiv(taps, tile.taps) * triton.cdiv(c_in, tile.rows) * triton.cdiv(c_out, tile.columns)
     splits = min(
         max(1, triton.cdiv(programs, width)),
         max(1, MAX_PARTIAL_BYTES // (4 * taps * c_in * c_out)),
@@ -143,8 +102,8 @@ def gather_wgrad(
     partial = torch.empty(splits, taps, c_in, c_out, dtype=torch.float32, device=feats.device)
     gather_wgrad_kernel[(width, splits)](
         feats, grad, partial, table, count, share, first_child,
-        C_IN=c_in, C_OUT=c_out, TAPS=taps, MODE=CHILDREN if mode == CHILDREN else PLAIN, GROUP=group, NT=several,
-        PRECISION=dot_precision(feats.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth,
+        C_IN=c_in, C_OUT=c_out, TAPS=taps, MODE=CHILDREN if mode == CHILDREN else PLAIN, GROUP=group,
+        PRECISION=dot_precision(feats.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return partial[0] if splits == 1 else partial.sum(0)

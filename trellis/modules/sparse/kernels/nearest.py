@@ -1,0 +1,48 @@
+"""Nearest code: distances and their smallest in one pass, never a [N, K] tensor."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, CODES = 64, 64
+
+
+@triton.jit(do_not_specialize=["count", "codes"])
+def nearest_kernel(
+    rows, codebook, half_norm, out, count, codes, L: tl.constexpr, BL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channel = tl.arange(0, BL)
+    live = (row < count)[:, None] & (channel < L)[None, :]
+    x = tl.load(rows + row[:, None] * L + channel[None, :], mask=live, other=0.0)
+    best = tl.full([BM], float("inf"), tl.float32)
+    place = tl.zeros([BM], tl.int64)
+    for start in range(0, codes, BK):
+        code = start + tl.arange(0, BK)
+        inside = (channel < L)[:, None] & (code < codes)[None, :]
+        c = tl.load(codebook + code.to(tl.int64)[None, :] * L + channel[:, None], mask=inside, other=0.0)
+        score = tl.load(half_norm + code, mask=code < codes, other=float("inf"))[None, :]
+        score = score - tl.dot(x, c, input_precision="ieee")
+        least = tl.min(score, 1)
+        # the first of equal ones, as argmin takes
+        at = tl.min(tl.where(score == least[:, None], code[None, :], 2147483647), 1)
+        better = least < best
+        best = tl.where(better, least, best)
+        place = tl.where(better, at.to(tl.int64), place)
+    tl.store(out + row, place, mask=row < count)
+
+
+def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Index [N] int64 of the nearest code (Euclidean) of float32 rows [N, L] among float32 [K, L]; 0 for NaN."""
+    count, width = rows.shape
+    out = torch.empty(count, dtype=torch.int64, device=rows.device)
+    if count:
+        half_norm = 0.5 * codebook.square().sum(1)
+        nearest_kernel[(triton.cdiv(count, ROWS),)](
+            rows.contiguous(), codebook.contiguous(), half_norm, out, count, codebook.shape[0],
+            L=width, BL=max(16, triton.next_power_of_2(width)), BM=ROWS, BK=CODES,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,241 @@
+"""GroupNorm + SiLU (+ pool) over the voxels of each sample: statistics in float32, no loop over samples on the host.
+
+Once its statistics are known the norm is affine per sample and channel: scale (x - mean) + bias. Forward: a pass for
+centred moments, one that applies. Backward: a pass for two sums per channel, one that applies. Only x and [B, C]
+tables are kept for it. With POOL a row of the output is the sum over a voxel's n children / (n + 1), and the pooled
+input comes out beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trellis.modules.sparse.kernels.reduce import sum_moments, sum_tiles, tile_counts
+from trellis.modules.sparse.levels import Grid
+
+TILE_ROWS, POOLED_ROWS = 512, 128
+"""Rows of a tile of one sample, plain and with 8 children each: a tile leaves one row of partial sums."""
+STEP_ELEMENTS = 8192
+"""Elements that a program holds at a time."""
+
+
+@triton.jit
+def moments_kernel(x, spans, means, squares, C: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, TILE: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64)
+    begin = tl.load(spans + tile * 3 + 1)
+    end = tl.load(spans + tile * 3 + 2)
+    channel = tl.arange(0, BC)
+    known = channel < C
+    mean = tl.zeros([BC], tl.float32)
+    square = tl.zeros([BC], tl.float32)
+    n = 0.0
+    for r in range(0, TILE, RB):
+        rows = begin + r + tl.arange(0, RB)
+        inside = (rows < end)[:, None] & known[None, :]
+        v = tl.load(x + rows[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        k = tl.minimum(tl.maximum(end - begin - r, 0), RB).to(tl.float32)
+        part = tl.sum(v, 0) / tl.maximum(k, 1.0)
+        d = tl.where(inside, v - part[None, :], 0.0)
+        # merged as Chan, Golub and LeVeque (1983) do
+        both = n + k
+        delta = part - mean
+        share = k / tl.maximum(both, 1.0)
+        mean += delta * share
+        square += tl.sum(d * d, 0) + delta * delta * n * share
+        n = both
+    tl.store(means + tile * C + channel, mean, mask=known)
+    tl.store(squares + tile * C + channel, square, mask=known)
+
+
+@triton.jit
+def forward_kernel(
+    x, starts, spans, mean, scale, bias, out, pooled, C: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr,
+    POOL: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0).to(tl.int64)
+    sample = tl.load(spans + tile * 3)
+    begin = tl.load(spans + tile * 3 + 1)
+    end = tl.load(spans + tile * 3 + 2)
+    channel = tl.arange(0, BC)
+    known = channel < C
+    centre = tl.load(mean + sample * C + channel, mask=known, other=0.0)[None, :]
+    a = tl.load(scale + sample * C + channel, mask=known, other=0.0)[None, :]
+    b = tl.load(bias + channel, mask=known, other=0.0)[None, :]
+    for r in range(begin, end, RB):
+        rows = r + tl.arange(0, RB)
+        live = rows < end
+        inside = live[:, None] & known[None, :]
+        place = rows[:, None] * C + channel[None, :]
+        if POOL:
+            first = tl.load(starts + rows, mask=live, other=0).to(tl.int64)
+            n = tl.load(starts + rows + 1, mask=live, other=0) - first
+            total = tl.zeros([RB, BC], tl.float32)
+            plain = tl.zeros([RB, BC], tl.float32)
+            for child in range(0, 8):
+                ok = (child < n)[:, None] & inside
+                v = tl.load(x + (first + child)[:, None] * C + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+                y = (v - centre) * a + b
+                total += tl.where(ok, y / (1.0 + tl.exp(-y)), 0.0)
+                plain += v
+            weight = (1.0 / (n + 1).to(tl.float32))[:, None]
+            tl.store(pooled + place, (plain * weight).to(pooled.dtype.element_ty), mask=inside)
+            y = total * weight
+        else:
+            v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            y = (v - centre) * a + b
+            if SILU:
+                y = y / (1.0 + tl.exp(-y))
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normed_grad(x, grad, place, ok, centre, a, b, SILU: tl.constexpr):
+    """x - mean in float32 and the gradient of the norm's output."""
+    v = tl.load(x + place, mask=ok, other=0.0).to(tl.float32) - centre
+    if SILU:
+        y = v * a + b
+        gate = 1.0 / (1.0 + tl.exp(-y))
+        grad = grad * gate * (1.0 + y * (1.0 - gate))
+    return v, tl.where(ok, grad, 0.0)
+
+
+@triton.jit
+def backward_kernel(
+    x, starts, spans, grad, grad_pooled, mean, rstd, scale, bias, offset, slope, sums, out,
+    C: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, POOL: tl.constexpr, SILU: tl.constexpr, APPLY: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and g x_hat per tile; with APPLY the gradient scale g - offset - slope x_hat of x instead."""
+    tile = tl.program_id(0).to(tl.int64)
+    sample = tl.load(spans + tile * 3)
+    begin = tl.load(spans + tile * 3 + 1)
+    end = tl.load(spans + tile * 3 + 2)
+    channel = tl.arange(0, BC)
+    known = channel < C
+    table = sample * C + channel
+    a = tl.load(scale + table, mask=known, other=0.0)[None, :]
+    b = tl.load(bias + channel, mask=known, other=0.0)[None, :]
+    centre = tl.load(mean + table, mask=known, other=0.0)[None, :]
+    inverse = tl.load(rstd + table, mask=known, other=0.0)[None, :]
+    if APPLY:
+        c0 = tl.load(offset + table, mask=known, other=0.0)[None, :]
+        c1 = tl.load(slope + table, mask=known, other=0.0)[None, :]
+    sum_g = tl.zeros([BC], tl.float32)
+    sum_gx = tl.zeros([BC], tl.float32)
+    for r in range(begin, end, RB):
+        rows = r + tl.arange(0, RB)
+        live = rows < end
+        inside = live[:, None] & known[None, :]
+        place = rows[:, None] * C + channel[None, :]
+        handed = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        if POOL:
+            first = tl.load(starts + rows, mask=live, other=0).to(tl.int64)
+            n = tl.load(starts + rows + 1, mask=live, other=0) - first
+            weight = (1.0 / (n + 1).to(tl.float32))[:, None]
+            handed *= weight
+            if APPLY:
+                plain = tl.load(grad_pooled + place, mask=inside, other=0.0).to(tl.float32) * weight
+            for child in range(0, 8):
+                ok = (child < n)[:, None] & inside
+                fine = (first + child)[:, None] * C + channel[None, :]
+                v, g = normed_grad(x, handed, fine, ok, centre, a, b, SILU)
+                hat = v * inverse
+                if APPLY:
+                    d = a * g - c0 - c1 * hat + plain
+                    tl.store(out + fine, d.to(out.dtype.element_ty), mask=ok)
+                else:
+                    sum_g += tl.sum(g, 0)
+                    sum_gx += tl.sum(g * hat, 0)
+        else:
+            v, g = normed_grad(x, handed, place, inside, centre, a, b, SILU)
+            hat = v * inverse
+            if APPLY:
+                tl.store(out + place, (a * g - c0 - c1 * hat).to(out.dtype.element_ty), mask=inside)
+            else:
+                sum_g += tl.sum(g, 0)
+                sum_gx += tl.sum(g * hat, 0)
+    if not APPLY:
+        tl.store(sums + tile * 2 * C + channel, sum_g, mask=known)
+        tl.store(sums + (tile * 2 + 1) * C + channel, sum_gx, mask=known)
+
+
+def shape_of(channels: int) -> dict[str, int]:
+    """Constants of a launch: channels, padded to a power of two, and rows of a step."""
+    wide = triton.next_power_of_2(channels)
+    return {"C": channels, "BC": wide, "RB": max(4, min(TILE_ROWS, STEP_ELEMENTS // wide))}
+
+
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, grid: Grid, coarse: Grid | None, silu: bool
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, ...]]:
+    """SiLU(GN(x)), pooled onto `coarse` when given, and the pooled x; and what the backward pass needs beside x.
+
+    Args:
+        x: [N, C] contiguous on `grid`; weight, bias: [C].
+    """
+    count, channels = x.shape
+    tiles = grid.row_tiles(TILE_ROWS)
+    number = tiles.spans.shape[0]
+    means, squares = (torch.empty(number, channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    shape = shape_of(channels)
+    if number:
+        moments_kernel[(number,)](x, tiles.spans, means, squares, TILE=TILE_ROWS, **shape)
+    rows, mean, square = sum_moments(tile_counts(tiles), means, squares, tiles.first)
+    grouped = mean.view(-1, groups, channels // groups)
+    centre = grouped.mean(2, keepdim=True)
+    rows = rows.clamp_min(1)[:, None, None]
+    variance = square.view_as(grouped).mean(2, keepdim=True) / rows + (grouped - centre).square().mean(2, keepdim=True)
+    rstd = torch.rsqrt(variance + eps).expand_as(grouped).reshape_as(mean)
+    mean = centre.expand_as(grouped).reshape_as(mean)
+    scale = weight.float() * rstd
+    shift = bias.float().contiguous()
+    target = coarse or grid
+    out = torch.empty(target.num_rows, channels, dtype=x.dtype, device=x.device)
+    pooled = torch.empty_like(out) if coarse is not None else None
+    tiles = target.row_tiles(TILE_ROWS if coarse is None else POOLED_ROWS)
+    starts = tiles.spans if coarse is None else coarse.child_starts
+    if tiles.spans.shape[0]:
+        forward_kernel[(tiles.spans.shape[0],)](
+            x, starts, tiles.spans, mean, scale, shift, out, out if pooled is None else pooled,
+            POOL=coarse is not None, SILU=silu, **shape,
+        )  # fmt: skip
+    return (out, pooled), (mean, rstd, scale, shift)
+
+
+def norm_backward(
+    grad: Tensor, grad_pooled: Tensor | None, x: Tensor, tables: tuple[Tensor, ...], groups: int, grid: Grid,
+    coarse: Grid | None, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `norm_forward` for x, weight and bias (float32)."""
+    mean, rstd, scale, bias = tables
+    channels = x.shape[1]
+    target = coarse or grid
+    tiles = target.row_tiles(TILE_ROWS if coarse is None else POOLED_ROWS)
+    number = tiles.spans.shape[0]
+    starts = tiles.spans if coarse is None else coarse.child_starts
+    shape = shape_of(channels)
+    partial = torch.empty(number, 2 * channels, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x)
+    other = grad if grad_pooled is None else grad_pooled
+    flags = {"POOL": coarse is not None, "SILU": silu}
+    if number:
+        backward_kernel[(number,)](
+            x, starts, tiles.spans, grad, other, mean, rstd, scale, bias, scale, scale, partial, out,
+            APPLY=False, **flags, **shape,
+        )  # fmt: skip
+    sums = sum_tiles(partial, tiles.first).view(-1, 2, channels)
+    grad_bias, grad_weight = sums[:, 0], sums[:, 1]
+    # over a group: d = rstd (w g - mean(w g) - x_hat mean(w g x_hat))
+    begin = grid.sample_starts
+    elements = ((begin[1:] - begin[:-1]).clamp_min(1) * (channels // groups)).float()[:, None]
+    weighted = (sums * scale[:, None]).view(-1, 2, groups, channels // groups).sum(3, keepdim=True)
+    weighted = (weighted.expand(-1, -1, -1, channels // groups).reshape(-1, 2, channels)) / elements[:, None]
+    offset, slope = weighted[:, 0].contiguous(), weighted[:, 1].contiguous()
+    if number:
+        backward_kernel[(number,)](
+            x, starts, tiles.spans, grad, other, mean, rstd, scale, bias, offset, slope, partial, out,
+            APPLY=True, **flags, **shape,
+        )  # fmt: skip
+    return out, grad_weight.sum(0), grad_bias.sum(0)
