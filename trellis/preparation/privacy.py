@@ -67,9 +67,12 @@ def label_without_patient(label: str, patient: str) -> str:
 
 
 def scrub(text: str, names: Iterable[str]) -> str:
-    """`text` with every given name replaced, the longest first; for messages that are kept."""
+    """`text` with every given name replaced, the longest first; for messages that are kept.
+
+    A name inside a longer word stays: a file called "trunc" must not make "<source>ated" of "truncated".
+    """
     for name in sorted({name for name in names if len(name) > 2}, key=len, reverse=True):
-        text = text.replace(name, _HIDDEN)
+        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", _HIDDEN, text)
     return text
 
 
