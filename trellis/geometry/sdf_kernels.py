@@ -126,7 +126,8 @@ def list_cell_triangles(
 ):
     """The same for the eight 4-cubed cells of a block, from the block's list; bounds = distance of the cell's centre.
 
-    away = distance of each listed triangle from the cell's centre; the nearest stands first. counts = 0 means that no voxel of the cell is in the band; -1 that the list does not hold all candidates.
+    away = distance of each listed triangle from the cell's centre; the nearest stands first. counts = 0 means that no
+    voxel of the cell is in the band; -1 that the list does not hold all candidates.
     """
     i = wp.tid()
     b = i / 8

@@ -14,6 +14,7 @@ from trellis.utils.mesh_topology import (
     drop_unused_vertices,
     face_areas,
     face_components,
+    face_keys,
     merge_identical_vertices,
     mesh_edges,
     signed_volume,
@@ -98,9 +99,7 @@ def drop_useless_faces(v: np.ndarray, f: np.ndarray, actions: list[str]) -> np.n
 
 def _drop_duplicates(f: np.ndarray, actions: list[str]) -> np.ndarray:
     """One copy of each face that is there several times, or none where the other faces close without it."""
-    _, first, group, count = np.unique(
-        np.sort(f, axis=1), axis=0, return_index=True, return_inverse=True, return_counts=True
-    )
+    _, first, group, count = np.unique(face_keys(f), return_index=True, return_inverse=True, return_counts=True)
     group = group.reshape(-1)
     if len(first) == len(f):
         return f

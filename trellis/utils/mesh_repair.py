@@ -22,6 +22,7 @@ from trellis.utils.mesh_topology import (
     drop_unused_vertices,
     face_areas,
     face_components,
+    face_keys,
     merge_identical_vertices,
     mesh_edges,
     orient_consistently,
@@ -139,7 +140,7 @@ def _count_problems(v: np.ndarray, f: np.ndarray, report: MeshReport) -> None:
     repeated, flat = degenerate_faces(v, f)
     edges = mesh_edges(f)
     report.degenerate_faces = int(repeated.sum() + flat.sum())
-    report.duplicate_faces = len(f) - len(np.unique(np.sort(f, axis=1), axis=0))
+    report.duplicate_faces = len(f) - len(np.unique(face_keys(f)))
     report.open_edges = int(edges.open.sum())
     report.edges_of_many_faces = int((edges.count > 2).sum())
     report.edges_of_opposite_faces = int(((edges.count > 1) & (edges.count % 2 == 0) & (edges.balance != 0)).sum())

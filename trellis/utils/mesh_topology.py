@@ -222,6 +222,16 @@ def _joined_half_edges(vertices: np.ndarray, faces: np.ndarray, edges: Edges, *,
     return np.concatenate(pairs)
 
 
+def face_keys(faces: np.ndarray) -> np.ndarray:
+    """One int64 per face, [F], equal for faces of the same three vertices in any order."""
+    f = np.sort(faces, axis=1)
+    if len(f) == 0 or int(f.max()) < 1 << 21:
+        return (f[:, 0] << 42) | (f[:, 1] << 21) | f[:, 2]
+    # Too many vertices for three in 63 bits: the first two are numbered by the edges that there are.
+    _, edge = np.unique(f[:, 0] << 31 | f[:, 1], return_inverse=True)
+    return edge.reshape(-1).astype(np.int64) << 31 | f[:, 2]
+
+
 def signed_volume(vertices: np.ndarray, faces: np.ndarray) -> float:
     """Volume enclosed by a closed mesh, positive if it faces outward; the divergence theorem about the centre."""
     centred = vertices - vertices.mean(axis=0)
