@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trellis.models.autoencoders.decoder import SparseSDFDecoder
 from trellis.models.autoencoders.encoder import SparseSDFEncoder
-from trellis.modules.quantizers import VectorQuantizer
+from trellis.modules.quantizers import VectorQuantizer, nearest_code
 from trellis.modules.sparse.levels import Pyramid, Topology, blocks_from_rows, build_pyramid
 from trellis.modules.sparse.morton import slot_positions
 from trellis.utils.blocks import LATENT_STRIDE
@@ -196,7 +196,7 @@ class SparseSDFVQVAE(nn.Module):
         """
         pyramid = self.build_pyramid(batch)
         mean, logvar = self._encode(pyramid, factor)
-        ids = self.quantizer(mean).ids
+        ids = nearest_code(mean, self.quantizer.codebook)  # not through forward: encoding is no training step
         return {"coords": pyramid.topology.coords, "mean": mean, "logvar": logvar, "ids": ids}
 
     # -- decoding ---------------------------------------------------------------------------------------------------
