@@ -82,6 +82,9 @@ def test_files_are_written_once_and_are_the_same_every_time(tmp_path):
     ]  # fmt: skip
     assert reports[0].rms_mm == pytest.approx(4.0, rel=1e-3)
     assert reports[0].smallest_jacobian > 0.2
+    from trellis.geometry.label_names import read_label_names
+
+    assert read_label_names(tmp_path / "a" / "source" / "dataset.json") == cohort.TISSUE_NAMES
     image = nib.load(folder / "tissue.nii.gz")
     labels = np.asarray(image.dataobj)
     litres = np.bincount(labels.ravel())[1:] * np.prod(image.header.get_zooms()) / 1e6

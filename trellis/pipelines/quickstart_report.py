@@ -168,19 +168,12 @@ def score_nulls(
     return scores, note
 
 
-def make_report(
-    data: str | Path,
-    evaluation: str | Path,
-    tokens: str | Path,
-    *,
-    resolution: int = 64,
-    names: dict[str, str] | None = None,
-) -> Report:
+def make_report(data: str | Path, evaluation: str | Path, tokens: str | Path, *, resolution: int = 64) -> Report:
     """Score the null models, add them to `metrics.csv` and `summary.json` of an evaluation, and return the report.
 
     Args:
         data: the prepared folder. evaluation: what `trellis-vqvae evaluate` wrote of its test split.
-        tokens: the token files of the test shapes. names: shown instead of the labels of the dataset.
+        tokens: the token files of the test shapes.
 
     Raises:
         ValueError: a file is missing or malformed, or the evaluation is of other shapes.
@@ -203,12 +196,9 @@ def make_report(
     for row in rows:
         row.update({name: str(value) for name, value in scores[row["sha256"]].items()})
     _write_rows(evaluation / "metrics.csv", rows)
-    names = names or {}
-    lines = [
-        _line(names.get(label, label), [row for row in rows if row["label"] == label])
-        for label in sorted({row["label"] for row in rows})
-    ]
-    report = Report(sorted(lines, key=lambda line: line.name), _line("all", rows), len(used), codes, note)
+    labels = sorted({row["label"] for row in rows})
+    lines = [_line(label, [row for row in rows if row["label"] == label]) for label in labels]
+    report = Report(lines, _line("all", rows), len(used), codes, note)
     for name in NULLS:
         summary[name] = _spread([float(row[name]) for row in rows])
         for label, group in summary["labels"].items():
@@ -246,9 +236,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         stream.write(text.getvalue().encode())
 
 
-def write_overview(
-    data: str | Path, meshes: str | Path, path: str | Path, *, resolution: int = 64, names: dict[str, str] | None = None
-) -> None:
+def write_overview(data: str | Path, meshes: str | Path, path: str | Path, *, resolution: int = 64) -> None:
     """One picture: for the first test shape of each structure, the input surface beside its reconstruction.
 
     Args:
@@ -257,12 +245,12 @@ def write_overview(
     from trellis.geometry.render import render_grid, write_png
     from trellis.utils.mesh_utils import read_mesh
 
-    data, meshes, names = Path(data), Path(meshes), names or {}
+    data, meshes = Path(data), Path(meshes)
     first: dict[str, str] = {}
     with open(data / "metadata.csv", newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             if row["split"] == "test" and not row.get("error"):
-                first.setdefault(names.get(row["label"], row["label"]), row["sha256"])
+                first.setdefault(row["label"], row["sha256"])
     pictures, captions = [], []
     for label in sorted(first):
         truth = read_mesh(data / "meshes" / f"{first[label]}.ply", mesh_space="RAS")

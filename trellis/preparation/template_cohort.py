@@ -24,7 +24,7 @@ DESCRIPTION = (
 )
 TISSUE_NAMES = {1: "grey_matter", 2: "white_matter"}
 SURFACE_NAMES = ("pial_left", "pial_right", "white_left", "white_right")
-VOLUME_NAME = "tissue"
+VOLUME_NAME, TABLE_NAME = "tissue", "dataset.json"
 MAX_DRAWS = 20
 _GRID_MM = 4.0
 _MARGIN_MM = 24.0
@@ -44,7 +44,7 @@ class CohortSettings:
         spacing_mm: voxel edge of the label volumes, in whole mm.
     """
 
-    subjects: int = 24
+    subjects: int = 20
     seed: int = 0
     rms_mm: float = 4.0
     smoothness_mm: float = 18.0
@@ -296,7 +296,8 @@ def _expected_files(folder: Path) -> list[Path]:
 def build_cohort(out_dir: str | Path, settings: CohortSettings) -> list[SubjectReport]:
     """Write the cohort `out_dir/subject_01/...`; subjects that are there from the same settings are left alone.
 
-    `out_dir/../cohort.json` records the settings and each subject's figures, and is what a second run looks at.
+    `out_dir/dataset.json` names the labels, as nnU-Net's does. `out_dir/../cohort.json` records the settings and each
+    subject's figures, and is what a second run looks at.
 
     Raises:
         ValueError: `out_dir` holds a cohort of other settings, or files that no record explains.
@@ -304,10 +305,12 @@ def build_cohort(out_dir: str | Path, settings: CohortSettings) -> list[SubjectR
     out_dir = Path(out_dir)
     record_path = out_dir.parent / "cohort.json"
     done = _read_record(record_path, settings)
-    if not done and out_dir.is_dir() and any(out_dir.iterdir()) and not record_path.exists():
+    if not record_path.exists() and out_dir.is_dir() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir}: must be empty or hold a cohort with its record {record_path.name}")
     reports: list[SubjectReport] = []
     templates: Templates | None = None
+    labels = {"background": 0, **{name: label for label, name in TISSUE_NAMES.items()}}
+    write_json(out_dir / TABLE_NAME, {"description": DESCRIPTION, "labels": labels})
     for index in range(settings.subjects):
         name = f"subject_{index + 1:02d}"
         folder = out_dir / name
@@ -327,7 +330,11 @@ def build_cohort(out_dir: str | Path, settings: CohortSettings) -> list[SubjectR
 def _write_record(path: Path, settings: CohortSettings, reports: list[SubjectReport]) -> None:
     write_json(
         path,
-        {"description": DESCRIPTION, "settings": asdict(settings), "subjects": [asdict(report) for report in reports]},
+        {
+            "description": DESCRIPTION,
+            "settings": asdict(settings),
+            "subjects": [asdict(report) for report in reports],
+        },
     )
 
 
