@@ -150,3 +150,18 @@ def test_bounded_windows_equal_counted_ones(shift, cuda_device):
     assert torch.equal(plan.cu_seqlens[: exact.cu_seqlens.numel()], exact.cu_seqlens)
     assert (plan.cu_seqlens[exact.cu_seqlens.numel() :] == coords.shape[0]).all()
     assert plan.max_length >= exact.max_length
+
+
+@interpreted
+@pytest.mark.parametrize("starts", [[0, 5, 5, 300, 513], [0, 0], [0], [0, 7]])
+def test_tiles_equal_the_plain_ones(starts):
+    from trellis.modules.sparse import plans
+    from trellis.modules.sparse.kernels import reduce
+
+    starts = torch.tensor(starts)
+    tiles, plain = (f(starts, int(starts[-1]), 4) for f in (reduce.plan_tiles, plans.plan_tiles))
+    assert torch.equal(tiles.first, plain.first)
+    counted = int(plain.first[-1])
+    assert torch.equal(tiles.spans[:counted], plain.spans[:counted])
+    for spans in (tiles.spans, plain.spans):
+        assert (spans[counted:, 1] == spans[counted:, 2]).all()

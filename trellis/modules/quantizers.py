@@ -220,7 +220,8 @@ class VectorQuantizer(nn.Module):
             sums = torch.zeros(self.codebook.shape, device=rows.device) if self.use_ema_update else None
             self._pending = _Pending(zeros, sums)
         pending = self._pending
-        pending.counts += torch.bincount(ids, minlength=self.num_embeddings)
+        # bincount would wait for the GPU to learn the largest id
+        pending.counts.scatter_add_(0, ids, torch.ones_like(ids))
         if pending.sums is not None:
             pending.sums.index_add_(0, ids, rows)
         kept = sum(r.shape[0] for r in pending.rows)

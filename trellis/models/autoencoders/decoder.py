@@ -10,7 +10,7 @@ from trellis.modules.sparse.conv.functional import subdivide_conv_to_scalar
 from trellis.modules.sparse.conv.module import SparseConv3d
 from trellis.modules.sparse.levels import Grid, Topology
 from trellis.modules.sparse.linear import SparseLinear
-from trellis.modules.sparse.transformer import TransformerBlock, position_embedding
+from trellis.modules.sparse.transformer import TransformerBlock, embed_positions
 
 
 class UpBlock(nn.Module):
@@ -21,10 +21,13 @@ class UpBlock(nn.Module):
         self.act_layers = nn.ModuleList([SparseConv3d(in_channels, out_channels), nn.SiLU()])
         self.out_layers = nn.ModuleList([SparseConv3d(out_channels, out_channels), nn.SiLU()])
 
-    def forward(self, feats: Tensor, grid: Grid, backend: str) -> Tensor:
-        """[N, in] on `grid` -> [8 N, out] on its children."""
-        hidden = F.silu(self.act_layers[0](feats, grid, backend=backend))
-        return F.silu(self.out_layers[0](hidden, grid, subdivide=True, backend=backend))
+    def forward(self, feats: Tensor, grid: Grid, activate: bool, backend: str) -> Tensor:
+        """[N, in] on `grid` -> [8 N, out] on its children, before the last SiLU; with `activate` of SiLU(feats).
+
+        Each SiLU is left to the convolution that reads it, which then need not keep both sides of it.
+        """
+        hidden = self.act_layers[0](feats, grid, activate=activate, backend=backend)
+        return self.out_layers[0](hidden, grid, subdivide=True, activate=True, backend=backend)
 
     def plain(self, feats: Tensor, grid: Grid, children: Grid, backend: str) -> Tensor:
         """The same with the subdivided tensor written out: for comparison."""
@@ -78,21 +81,24 @@ class SparseSDFDecoder(nn.Module):
     ) -> Tensor:
         """[M, L] -> TSDF [M, 512] in (-1, 1), slots in Morton order; float32 (float64 for float64)."""
         x = self.input_layer(latent.to(dtype))
-        x = x + position_embedding(topology.coords[:, 1:], x.shape[1], factor).to(x.dtype)
+        x = embed_positions(x, topology, factor)
         for block in self.blocks:
-            x = block(x, topology)
+            x = block(x, topology, fused)
         for i, side in enumerate((1, 2)):
             grid = topology.dense_grid(side)
             block = self.upsample[i]
-            x = block(x, grid, backend) if fused else block.plain(x, grid, topology.dense_grid(2 * side), backend)
+            if fused:
+                x = block(x, grid, i > 0, backend)
+            else:
+                x = block.plain(x, grid, topology.dense_grid(2 * side), backend)
         grid, block = topology.dense_grid(4), self.upsample[2]
         if not fused:
             x = self.out_layer(block.plain(x, grid, topology.dense_grid(8), backend))
             return torch.tanh(x.to(torch.promote_types(x.dtype, torch.float32))).view(-1, 512)
-        x = F.silu(block.act_layers[0](x, grid, backend=backend))
+        x = block.act_layers[0](x, grid, activate=True, backend=backend)
         kernel, bias = block.out_layers[0].cast(x.dtype)
         out_weight, out_bias = self.out_layer.weight.to(x.dtype), self.out_layer.bias.to(x.dtype)
-        values = subdivide_conv_to_scalar(x, kernel, bias, out_weight, out_bias, grid, backend=backend)
+        values = subdivide_conv_to_scalar(x, kernel, bias, out_weight, out_bias, grid, activate=True, backend=backend)
         return values.view(-1, 512)
 
 

@@ -10,7 +10,7 @@ from trellis.modules.sparse.levels import Grid, Pyramid
 from trellis.modules.sparse.linear import SparseLinear
 from trellis.modules.sparse.norm import SparseGroupNorm, layer_norm
 from trellis.modules.sparse.pool import first_stage
-from trellis.modules.sparse.transformer import TransformerBlock, position_embedding
+from trellis.modules.sparse.transformer import TransformerBlock, embed_positions
 
 
 class DownBlock(nn.Module):
@@ -112,9 +112,9 @@ class SparseSDFEncoder(nn.Module):
             x = block(x, pyramid.grids[i], pyramid.grids[i + 1], fused, backend)
         topology = pyramid.topology
         x = self.input_layer(x)
-        x = x + position_embedding(topology.coords[:, 1:], x.shape[1], factor).to(x.dtype)
+        x = embed_positions(x, topology, factor)
         for block in self.blocks:
-            x = block(x, topology)
+            x = block(x, topology, fused)
         x = self.out_layer(layer_norm(x, 1e-5))
         mean, logvar = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)

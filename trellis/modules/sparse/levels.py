@@ -52,6 +52,7 @@ class Topology:
         self._neighbours: Tensor | None = None
         self._starts: Tensor | None = None
         self._windows: dict[tuple[int, int], WindowPlan] = {}
+        self.embeddings: dict[tuple[int, float | None, torch.dtype], Tensor] = {}
         self._grids: dict[int, Grid] = {}
         self._box: tuple[list[int], list[int]] | None = None
 
@@ -244,7 +245,12 @@ class Grid:
     def row_tiles(self, rows: int) -> RowTiles:
         """Tiles of at most `rows` rows of one sample each."""
         if rows not in self._tiles:
-            self._tiles[rows] = plan_tiles(self.sample_starts, self.num_rows, rows)
+            if has_kernels(self.topology.device):
+                from trellis.modules.sparse.kernels import reduce
+
+                self._tiles[rows] = reduce.plan_tiles(self.sample_starts, self.num_rows, rows)
+            else:
+                self._tiles[rows] = plan_tiles(self.sample_starts, self.num_rows, rows)
         return self._tiles[rows]
 
     @property

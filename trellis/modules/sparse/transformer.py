@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trellis.modules.sparse.attention import WindowAttention
+from trellis.modules.sparse.fused_block import FusedBlock, can_fuse
 from trellis.modules.sparse.levels import Topology
 from trellis.modules.sparse.linear import SparseLinear
 from trellis.modules.sparse.norm import layer_norm
@@ -30,6 +31,14 @@ def position_embedding(coords: Tensor, channels: int, factor: float | None = Non
     angle = position[..., None] * frequencies
     out = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
     return torch.nn.functional.pad(out, (0, channels - out.shape[1]))
+
+
+def embed_positions(feats: Tensor, topology: Topology, factor: float | None = None) -> Tensor:
+    """feats [M, C] plus the embedding of the blocks' coordinates, which is kept with the topology."""
+    key = (feats.shape[1], factor, feats.dtype)
+    if key not in topology.embeddings:
+        topology.embeddings[key] = position_embedding(topology.coords[:, 1:], feats.shape[1], factor).to(feats.dtype)
+    return feats + topology.embeddings[key]
 
 
 class FeedForward(nn.Module):
@@ -66,12 +75,17 @@ class TransformerBlock(nn.Module):
         self.attn = WindowAttention(channels, heads, window_size, shift, qk_rms_norm)
         self.mlp = FeedForward(channels, mlp_ratio)
 
-    def _forward(self, feats: Tensor, topology: Topology) -> Tensor:
+    def _forward(self, feats: Tensor, topology: Topology, fused: bool) -> Tensor:
+        attn = self.attn
+        if fused and attn.q_rms_norm is None and can_fuse(feats):
+            layers = (attn.to_qkv, attn.to_out, self.mlp.mlp[0], self.mlp.mlp[2])
+            parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+            return FusedBlock.apply(feats, topology.windows(attn.window_size, attn.shift), attn.heads, *parameters)
         feats = feats + self.attn(layer_norm(feats, 1e-6), topology)
         return feats + self.mlp(layer_norm(feats, 1e-6))
 
-    def forward(self, feats: Tensor, topology: Topology) -> Tensor:
+    def forward(self, feats: Tensor, topology: Topology, fused: bool = True) -> Tensor:
         """[M, C] on the latent grid -> [M, C]."""
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, feats, topology, use_reentrant=False)
-        return self._forward(feats, topology)
+            return checkpoint(self._forward, feats, topology, fused, use_reentrant=False)
+        return self._forward(feats, topology, fused)

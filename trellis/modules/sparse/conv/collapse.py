@@ -35,8 +35,18 @@ def collapse_rule() -> tuple[Tensor, Tensor]:
     return parent_tap, assignment
 
 
+@cache
+def _assignment(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[64, 27] on the device, copied there once: a copy in every step would wait for the GPU."""
+    return collapse_rule()[1].view(64, 27).to(device, dtype)
+
+
 def collapse_weight(weight: Tensor) -> Tensor:
     """[27, in, out] -> [8, 8, in, out] (child, reduced tap); differentiable, summed in float32 or wider."""
+    if weight.device.type == "cuda":
+        # one product, whose sums are in float32
+        flat = _assignment(weight.device, weight.dtype) @ weight.reshape(27, -1)
+        return flat.view(8, 8, *weight.shape[1:])
     wide = weight if weight.dtype == torch.float64 else weight.float()
     assignment = collapse_rule()[1].to(weight.device, wide.dtype)
     return torch.einsum("ctk,kio->ctio", assignment, wide).to(weight.dtype)

@@ -5,6 +5,8 @@ Gradients gather too, with the mirrored taps, so that results do not depend on t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,11 @@ def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid)
 
 
 def conv_backward(
-    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `conv_forward` for feats [N, in] and weight [27, in, out] (accumulated in float32 or wider)."""
+    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out] (summed in float32 or
+    wider) and bias [out]."""
+    need_input, need_weight, need_bias = needs
     taps, c_in, c_out = weight.shape
     grad_input = grad_weight = None
     if need_input:
@@ -68,7 +72,7 @@ def conv_backward(
             product = gathered.t() @ grad[start:stop]
             grad_weight += product
         grad_weight = grad_weight.view(taps, c_in, c_out).to(weight.dtype)
-    return grad_input, grad_weight
+    return grad_input, grad_weight, grad.sum(0) if need_bias else None
 
 
 def _child_conv(padded: Tensor, weights: Tensor, child: int, grid: Grid, out: Tensor) -> None:
@@ -118,9 +122,10 @@ def child_grad_weight(grad: Tensor, padded: Tensor, child: int, grid: Grid, out:
 
 
 def subdivide_conv_backward(
-    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `subdivide_conv_forward` for feats [N, in] and the collapsed weights [8, 8, in, out]."""
+    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], collapsed [8, 8, in, out], bias."""
+    need_input, need_weight, need_bias = needs
     children = grad.view(grid.num_rows, 8, collapsed.shape[3])
     c_in, c_out = collapsed.shape[2:]
     grad_input = torch.zeros_like(feats) if need_input else None
@@ -135,7 +140,7 @@ def subdivide_conv_backward(
             child_grad_weight(part, padded, child, grid, grad_weight[child])
     if grad_weight is not None:
         grad_weight = grad_weight.view(8, 8, c_in, c_out).to(collapsed.dtype)
-    return grad_input, grad_weight
+    return grad_input, grad_weight, grad.sum(0) if need_bias else None
 
 
 def to_scalar_forward(

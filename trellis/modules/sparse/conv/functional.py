@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from trellis.modules.sparse.conv import cpu, dense, reference
 from trellis.modules.sparse.conv.collapse import collapse_weight
@@ -66,40 +67,40 @@ def _check(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> No
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType) -> Tensor:
+    def forward(
+        ctx: Any, feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType, activate: bool
+    ) -> Tensor:
         ctx.save_for_backward(feats, weight)
-        ctx.grid, ctx.code = grid, code
-        return code.conv_forward(feats, weight, bias, grid)
+        ctx.arguments = (grid, code, activate)
+        return code.conv_forward(F.silu(feats) if activate else feats, weight, bias, grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad = grad.contiguous()
-        grad_input, grad_weight = ctx.code.conv_backward(grad, feats, weight, ctx.grid, need_input, need_weight)
-        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None, None
+        grid, code, activate = ctx.arguments
+        read = F.silu(feats) if activate else feats
+        grads = code.conv_backward(grad.contiguous(), read, weight, grid, ctx.needs_input_grad[:3])
+        return _before_silu(grads, feats, activate)
 
 
 class _SubdivideConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType
+        ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType, activate: bool
     ) -> Tensor:
         ctx.save_for_backward(feats, collapsed)
-        ctx.grid, ctx.code = grid, code
-        return code.subdivide_conv_forward(feats, collapsed, bias, grid)
+        ctx.arguments = (grid, code, activate)
+        return code.subdivide_conv_forward(F.silu(feats) if activate else feats, collapsed, bias, grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, collapsed = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad = grad.contiguous()
-        grad_input, grad_weight = ctx.code.subdivide_conv_backward(
-            grad, feats, collapsed, ctx.grid, need_input, need_weight
-        )
-        return grad_input, grad_weight, grad.sum(0) if need_bias else None, None, None
+        grid, code, activate = ctx.arguments
+        read = F.silu(feats) if activate else feats
+        grads = code.subdivide_conv_backward(grad.contiguous(), read, collapsed, grid, ctx.needs_input_grad[:3])
+        return _before_silu(grads, feats, activate)
 
 
 class _ToScalar(torch.autograd.Function):
@@ -113,28 +114,47 @@ class _ToScalar(torch.autograd.Function):
         out_bias: Tensor,
         grid: Grid,
         code: ModuleType,
+        activate: bool,
     ) -> Tensor:
-        values = code.to_scalar_forward(feats, collapsed, bias, out_weight, out_bias, grid)
+        read = F.silu(feats) if activate else feats
+        values = code.to_scalar_forward(read, collapsed, bias, out_weight, out_bias, grid)
         ctx.save_for_backward(feats, collapsed, bias, out_weight, values)
-        ctx.grid, ctx.code = grid, code
+        ctx.arguments = (grid, code, activate)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, collapsed, bias, out_weight, values = ctx.saved_tensors
-        grads = ctx.code.to_scalar_backward(grad, values, feats, collapsed, bias, out_weight, ctx.grid)
-        return *grads, None, None
+        grid, code, activate = ctx.arguments
+        read = F.silu(feats) if activate else feats
+        grads = code.to_scalar_backward(grad, values, read, collapsed, bias, out_weight, grid)
+        return _before_silu(grads, feats, activate)
+
+
+def _before_silu(grads: tuple[Tensor | None, ...], feats: Tensor, activate: bool) -> tuple[Tensor | None, ...]:
+    """Gradients for autograd: that of the input carried through the SiLU before the convolution, and three Nones."""
+    first, *rest = grads
+    if activate and first is not None:
+        first = torch.ops.aten.silu_backward(first, feats)
+    return first, *rest, None, None, None
 
 
 def submanifold_conv3d(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, *, backend: str = "auto"
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    *,
+    activate: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """3x3x3 convolution with outputs only where there are inputs.
 
     Args:
         feats: [N, in] on `grid`; weight: [27, in, out], tap k reads offset (dx, dy, dz) with
             k = 9 (dz+1) + 3 (dy+1) + (dx+1); bias: [out] or None. One dtype.
+        activate: take SiLU(feats); only feats is kept for the backward pass.
 
     Returns:
         [N, out]
@@ -144,20 +164,29 @@ def submanifold_conv3d(
     """
     _check(feats, weight, bias, grid)
     backend = _choose(backend, feats, weight, grid)
+    if activate and backend in ("reference", "dense"):
+        feats, activate = F.silu(feats), False
     if backend == "reference":
         return reference.submanifold_conv3d(feats, weight, bias, grid.neighbours)
     if backend == "dense":
         return dense.submanifold_conv3d(feats, weight, bias, grid)
-    return _Convolution.apply(feats, weight, bias, grid, _implementation(backend))
+    return _Convolution.apply(feats, weight, bias, grid, _implementation(backend), activate)
 
 
 def subdivide_conv3d(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, *, backend: str = "auto"
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    *,
+    activate: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Subdivide every voxel of `grid` into 8 copies, then a 3x3x3 convolution on the children, as 2x2x2 parents each.
 
     Args:
         feats: [N, in] on the dense parent grid; weight: [27, in, out]; bias: [out] or None.
+        activate: take SiLU(feats); only feats is kept for the backward pass.
 
     Returns:
         [8 N, out], row 8 n + 4 px + 2 py + pz for the child of parity (px, py, pz).
@@ -167,11 +196,13 @@ def subdivide_conv3d(
     """
     _check(feats, weight, bias, grid)
     backend = _choose(backend, feats, weight, grid)
+    if activate and backend in ("reference", "dense"):
+        feats, activate = F.silu(feats), False
     if backend == "reference":
         return reference.subdivide_conv3d(feats, weight, bias, grid.neighbours)
     if backend == "dense":
         return dense.subdivide_conv3d(feats, weight, bias, grid)
-    return _SubdivideConvolution.apply(feats, collapse_weight(weight), bias, grid, _implementation(backend))
+    return _SubdivideConvolution.apply(feats, collapse_weight(weight), bias, grid, _implementation(backend), activate)
 
 
 def subdivide_conv_to_scalar(
@@ -182,22 +213,26 @@ def subdivide_conv_to_scalar(
     out_bias: Tensor,
     grid: Grid,
     *,
+    activate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """tanh(Linear(SiLU(subdivide_conv3d(x)))), straight from parents to one value per child; the backward recomputes.
 
     Args:
         feats: [N, in]; weight: [27, in, out]; bias: [out]; out_weight: [1, out]; out_bias: [1].
+        activate: take SiLU(feats); only feats is kept for the backward pass.
 
     Returns:
         [N, 8] float32 (float64 for float64 input), children in the order of `subdivide_conv3d`.
     """
     _check(feats, weight, bias, grid)
     backend = _choose(backend, feats, weight, grid)
+    if activate and backend in ("reference", "dense"):
+        feats, activate = F.silu(feats), False
     if backend == "dense":
         return dense.subdivide_conv_to_scalar(feats, weight, bias, out_weight, out_bias, grid)
     if backend == "reference":
         values = reference.subdivide_conv_to_scalar(feats, weight, bias, out_weight, out_bias, grid.neighbours)
         return values.view(-1, 8).to(torch.promote_types(feats.dtype, torch.float32))
     code = _implementation(backend)
-    return _ToScalar.apply(feats, collapse_weight(weight), bias, out_weight, out_bias, grid, code)
+    return _ToScalar.apply(feats, collapse_weight(weight), bias, out_weight, out_bias, grid, code, activate)

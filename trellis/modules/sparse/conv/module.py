@@ -39,10 +39,12 @@ class SparseConv3d(nn.Module):
         """Kernel and bias in the dtype of the activations."""
         return self.conv.kernel.to(dtype), self.conv.bias.to(dtype)
 
-    def forward(self, feats: Tensor, grid: Grid, *, subdivide: bool = False, backend: str = "auto") -> Tensor:
-        """[N, in] -> [N, out], or [8 N, out] on the children with `subdivide`."""
+    def forward(
+        self, feats: Tensor, grid: Grid, *, subdivide: bool = False, activate: bool = False, backend: str = "auto"
+    ) -> Tensor:
+        """[N, in] -> [N, out], or [8 N, out] on the children with `subdivide`; of SiLU(feats) with `activate`."""
         kernel, bias = self.cast(feats.dtype)
         if self.kernel_size == 1:
-            return torch.addmm(bias, feats, kernel)
+            return torch.addmm(bias, torch.nn.functional.silu(feats) if activate else feats, kernel)
         function = subdivide_conv3d if subdivide else submanifold_conv3d
-        return function(feats, kernel, bias, grid, backend=backend)
+        return function(feats, kernel, bias, grid, activate=activate, backend=backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from trellis.modules.sparse.conv.triton_scalar import scalar_backward, scalar_fo
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
 from trellis.modules.sparse.levels import Grid
 
-SCALAR_GROUP = 4
+SCALAR_GROUP = 2
 """Children of the last stage whose hidden gradient is in memory at once."""
 
 
@@ -21,18 +23,18 @@ def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid)
 
 
 def conv_backward(
-    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `conv_forward` for feats [N, in] and weight [27, in, out]."""
+    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out], bias [out]."""
     grad, feats = grad.contiguous(), feats.contiguous()
-    grad_input = grad_weight = None
-    if need_input:
+    grad_input = grad_weight = grad_bias = None
+    if needs[0]:
         # m = neighbours[n, k]  <=>  n = neighbours[m, 26 - k]
-        mirrored = weight.flip(0).transpose(1, 2).contiguous()
-        grad_input = gather_gemm(grad, mirrored, None, grid.tap_table)
-    if need_weight:
-        grad_weight = gather_wgrad(feats, grad, grid.tap_table).to(weight.dtype)
-    return grad_input, grad_weight
+        grad_input = gather_gemm(grad, weight.transpose(1, 2).contiguous(), None, grid.tap_table, mirrored=True)
+    if needs[1] or needs[2]:
+        sums, columns = gather_wgrad(feats, grad, grid.tap_table)
+        grad_weight, grad_bias = sums.to(weight.dtype), columns.to(weight.dtype)
+    return grad_input, grad_weight, grad_bias
 
 
 def subdivide_conv_forward(feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
@@ -41,17 +43,18 @@ def subdivide_conv_forward(feats: Tensor, collapsed: Tensor, bias: Tensor | None
 
 
 def subdivide_conv_backward(
-    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `subdivide_conv_forward` for feats [N, in] and the collapsed weights [8, 8, in, out]."""
+    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], collapsed [8, 8, in, out], bias."""
     grad, feats = grad.contiguous(), feats.contiguous()
-    grad_input = grad_weight = None
-    if need_input:
+    grad_input = grad_weight = grad_bias = None
+    if needs[0]:
         grad_input = gather_gemm(grad, _transposed(collapsed), None, grid.tap_table, mode=PARENTS)
-    if need_weight:
-        grad_weight = gather_wgrad(feats, grad, grid.tap_table, mode=CHILDREN)
-        grad_weight = grad_weight.view(collapsed.shape).to(collapsed.dtype)
-    return grad_input, grad_weight
+    if needs[1] or needs[2]:
+        sums, columns = gather_wgrad(feats, grad, grid.tap_table, mode=CHILDREN)
+        grad_weight = sums.view(collapsed.shape).to(collapsed.dtype)
+        grad_bias = columns.to(collapsed.dtype)
+    return grad_input, grad_weight, grad_bias
 
 
 def to_scalar_forward(

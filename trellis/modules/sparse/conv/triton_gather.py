@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 
 PLAIN, CHILDREN, PARENTS = 0, 1, 2
 """Which rows a tap reads: of the same grid; a child's 2x2x2 parents; the children that read a parent."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows, columns and depth of a program's tile, taps gathered side by side, and launch options."""
-
-    rows: int
-    columns: int
-    depth: int
-    taps: int = 1
-    warps: int = 4
-    stages: int = 3
 
 
 @triton.jit

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gather import CHILDREN, PLAIN, Tile, gather
+from trellis.modules.sparse.conv.triton_gather import CHILDREN, PLAIN, gather
+from trellis.modules.sparse.conv.triton_tiles import Tile, gemm_tile
 from trellis.modules.sparse.kernels.support import dot_precision
 
 
@@ -19,7 +20,7 @@ from trellis.modules.sparse.kernels.support import dot_precision
 def gather_gemm_kernel(
     feats, weights, bias, out, table, count, first_child,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    MIRRORED: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
 ):  # fmt: skip
     TILES_N: tl.constexpr = (C_OUT + BN - 1) // BN
@@ -46,11 +47,14 @@ def gather_gemm_kernel(
         a = gather(feats, table, count, rows, live, tap, channels, child, C_IN, TAPS, MODE, GROUP, TPS, BK)
         place = tl.arange(0, TPS * BK)
         of_tap, of_channel = tap + place // BK, (k % STEPS) * BK + place % BK
+        known = of_tap < TAPS
+        if MIRRORED:
+            of_tap = 26 - of_tap
         pointers = weights + ((stack + of_tap) * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
         if C_IN % BK == 0 and C_OUT % BN == 0 and TAPS % TPS == 0:
             b = tl.load(pointers)
         else:
-            inside = ((of_channel < C_IN) & (of_tap < TAPS))[:, None] & (columns < C_OUT)[None, :]
+            inside = ((of_channel < C_IN) & known)[:, None] & (columns < C_OUT)[None, :]
             b = tl.load(pointers, mask=inside, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     inside = live[:, None] & (columns < C_OUT)[None, :]
@@ -64,16 +68,6 @@ def gather_gemm_kernel(
     tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def choose_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
-    """The tile for a width pair, from measurements on one card; nothing is tuned at run time."""
-    depth = max(16, min(64, triton.next_power_of_2(c_in)))
-    columns = max(16, min(128, triton.next_power_of_2(c_out)))
-    if dtype == torch.float32:
-        return Tile(64, min(columns, 64), min(depth, 32), 1, 4, 2)
-    taps = max(1, 64 // depth)
-    return Tile(128, columns, depth, taps, 4 if columns <= 64 else 8, 3)
-
-
 def gather_gemm(
     feats: Tensor,
     weights: Tensor,
@@ -83,6 +77,7 @@ def gather_gemm(
     mode: int = PLAIN,
     first_child: int = 0,
     group: int = 8,
+    mirrored: bool = False,
     out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -92,6 +87,7 @@ def gather_gemm(
         feats: [N, in] (PLAIN, CHILDREN) or [N * group, in] (PARENTS). table: [27, N] int32, see `Grid.tap_table`.
         weights: [27, in, out] for PLAIN; [64, in, out] (child * 8 + reduced tap) for the others.
         first_child, group: CHILDREN and PARENTS handle the children first_child to first_child + group - 1.
+        mirrored: PLAIN multiplies by weights[26 - t] instead: the input gradient.
         out: PARENTS adds to it when given; else a new tensor [N, out] ([N * group, out] for CHILDREN).
     """
     count = table.shape[1]
@@ -101,12 +97,12 @@ def gather_gemm(
         out = torch.empty(count * group if mode == CHILDREN else count, c_out, dtype=feats.dtype, device=feats.device)
     if count == 0:
         return out
-    tile = tile or choose_tile(c_in, c_out, mode, feats.dtype)
+    tile = tile or gemm_tile(c_in, c_out, mode, feats.dtype)
     programs = triton.cdiv(count, tile.rows) * triton.cdiv(c_out, tile.columns) * (group if mode == CHILDREN else 1)
     gather_gemm_kernel[(programs,)](
         feats, weights, weights if bias is None else bias, out, table, count, first_child,
         C_IN=c_in, C_OUT=c_out, TAPS=(27, 8, 8 * group)[mode], MODE=mode, GROUP=group,
-        HAS_BIAS=bias is not None, ACCUMULATE=accumulate, PRECISION=dot_precision(feats.dtype),
+        MIRRORED=mirrored, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, PRECISION=dot_precision(feats.dtype),
         BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

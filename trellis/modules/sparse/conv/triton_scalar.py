@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gather import CHILDREN, Tile, gather
+from trellis.modules.sparse.conv.triton_gather import CHILDREN, gather
+from trellis.modules.sparse.conv.triton_tiles import Tile, keeps_weight_gradient, scalar_backward_tile, scalar_tile
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
 from trellis.modules.sparse.kernels.support import dot_precision
 
-FUSED_WIDTH = 32
-"""Up to this many channels the weight gradient of a child fits in a program's registers."""
 PROGRAMS = 132 * 3
 """Programs of the backward kernel; each keeps its sums over many rows."""
 
@@ -118,24 +117,6 @@ def scalar_backward_kernel(
         tl.store(partial + pid.to(tl.int64) * 8 * C_IN * C_OUT + offsets, acc, mask=inside)
 
 
-def choose_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
-    """Rows of parents, all output channels, depth in input channels."""
-    depth = max(16, min(64, triton.next_power_of_2(c_in)))
-    columns = max(16, triton.next_power_of_2(c_out))
-    if dtype == torch.float32:
-        return Tile(64, columns, min(depth, 32), 1, 4, 2)
-    return Tile(128, columns, depth, max(1, 128 // depth), 4, 3)
-
-
-def choose_backward_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
-    """The same for the backward kernel; rows of a step where it keeps the weight gradient."""
-    tile = choose_tile(c_in, c_out, dtype)
-    fused_rows = 32 if dtype == torch.float32 else 64
-    if max(tile.depth, tile.columns) <= FUSED_WIDTH:
-        return Tile(fused_rows, tile.columns, tile.depth, 8, 4, 2)
-    return Tile(tile.rows, tile.columns, tile.depth, tile.taps, 4, 2)
-
-
 def scalar_forward(
     feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, table: Tensor,
     *, tile: Tile | None = None,
@@ -144,7 +125,7 @@ def scalar_forward(
     count = table.shape[1]
     c_in, c_out = collapsed.shape[-2:]
     values = torch.empty(count, 8, dtype=torch.float32, device=feats.device)
-    tile = tile or choose_tile(c_in, c_out, feats.dtype)
+    tile = tile or scalar_tile(c_in, c_out, feats.dtype)
     if count:
         scalar_forward_kernel[(triton.cdiv(count, tile.rows) * 8,)](
             feats, collapsed, bias, out_weight, out_bias, values, table, count,
@@ -169,8 +150,8 @@ def scalar_backward(
     """
     count = table.shape[1]
     c_in, c_out = collapsed.shape[-2:]
-    tile = tile or choose_backward_tile(c_in, c_out, feats.dtype)
-    fused = max(tile.depth, tile.columns) <= FUSED_WIDTH
+    tile = tile or scalar_backward_tile(c_in, c_out, feats.dtype)
+    fused = keeps_weight_gradient(tile)
     hidden = torch.empty(count * group, c_out, dtype=feats.dtype, device=feats.device)
     tiles = triton.cdiv(count, tile.rows)
     shares = max(1, min(tiles, programs // group))
@@ -186,6 +167,6 @@ def scalar_backward(
     if fused and count:
         grad_weight = partial.sum(0)
     else:
-        grad_weight = gather_wgrad(feats, hidden, table, mode=CHILDREN, first_child=first_child, group=group)
+        grad_weight, _ = gather_wgrad(feats, hidden, table, mode=CHILDREN, first_child=first_child, group=group)
     total = sums.sum((0, 1))[:, :c_out]
     return hidden, grad_weight, total[0], total[1]

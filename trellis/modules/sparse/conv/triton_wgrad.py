@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gather import CHILDREN, PLAIN, Tile, gather
+from trellis.modules.sparse.conv.triton_gather import CHILDREN, PLAIN, gather
+from trellis.modules.sparse.conv.triton_tiles import Tile, wgrad_tile
 from trellis.modules.sparse.kernels.support import dot_precision
 
 MAX_PARTIAL_BYTES = 96 << 20
@@ -22,9 +23,10 @@ PROGRAMS = 132 * 6
 
 @triton.jit(do_not_specialize=["count", "share", "first_child"])
 def gather_wgrad_kernel(
-    feats, grad, partial, table, count, share, first_child,
+    feats, grad, partial, column_sums, table, count, share, first_child,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
+    SWAP: tl.constexpr,
 ):  # fmt: skip
     TILES_M: tl.constexpr = (C_IN + BM - 1) // BM
     TILES_N: tl.constexpr = (C_OUT + BN - 1) // BN
@@ -35,7 +37,13 @@ def gather_wgrad_kernel(
     columns = (pid % TILES_N) * BN + tl.arange(0, BN)
     tap = (pid // TILES_N) * TPS
     channels = first_channel + tl.arange(0, BM)
-    acc = tl.zeros([TPS * BM, BN], tl.float32)
+    # the sums of grad itself come from the programs of the first tap (of each child)
+    sums_too = (first_channel == 0) & (tap % 8 == 0 if MODE == 1 else tap == 0)
+    total = tl.zeros([BN], tl.float32)
+    if SWAP:
+        acc = tl.zeros([BN, TPS * BM], tl.float32)
+    else:
+        acc = tl.zeros([TPS * BM, BN], tl.float32)
     first = split * share
     last = tl.minimum(first + share, count)
     for start in range(first, last, BK):
@@ -50,22 +58,25 @@ def gather_wgrad_kernel(
             g = tl.load(pointers, mask=live[:, None], other=0.0)
         else:
             g = tl.load(pointers, mask=live[:, None] & (columns < C_OUT)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
+        if sums_too:
+            total += tl.sum(g.to(tl.float32), 0)
+        if SWAP:
+            acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     place = tl.arange(0, TPS * BM)
     of_tap, of_channel = tap + place // BM, first_channel + place % BM
     inside = ((of_channel < C_IN) & (of_tap < TAPS))[:, None] & (columns < C_OUT)[None, :]
     target = partial + ((split * TAPS + of_tap) * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
+    if SWAP:
+        acc = tl.trans(acc)
     tl.store(target, acc, mask=inside)
-
-
-def choose_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
-    """Rows and columns: input and output channels; depth: voxel rows of a step."""
-    rows = max(16, min(128, triton.next_power_of_2(c_in)))
-    columns = max(16, min(128, triton.next_power_of_2(c_out)))
-    if dtype == torch.float32:
-        return Tile(min(rows, 64), min(columns, 64), 32, 1, 4, 2)
-    taps = max(1, min(8, 128 // rows))
-    return Tile(rows, columns, 64, taps, 8 if taps * rows * columns > 64 * 128 else 4, 3)
+    if sums_too:
+        of_child = 0
+        if MODE == 1:
+            of_child = tap // 8
+        row = split * (TAPS // 8 if MODE == 1 else 1) + of_child
+        tl.store(column_sums + row * C_OUT + columns, total, mask=columns < C_OUT)
 
 
 def gather_wgrad(
@@ -78,19 +89,22 @@ def gather_wgrad(
     group: int = 8,
     tile: Tile | None = None,
     programs: int = PROGRAMS,
-) -> Tensor:
-    """Sums over rows r of feats[row(r, t)]^T grad[r]: float32 [27, in, out], or [8 * group, in, out] for CHILDREN.
+) -> tuple[Tensor, Tensor]:
+    """Sums over rows r of feats[row(r, t)]^T grad[r], and the sums of grad over its rows.
 
     Args:
         feats: [N, in]; grad: [N, out], or [N * group, out] for CHILDREN; table: [27, N] int32.
         first_child, group: the children that `grad` holds.
+
+    Returns:
+        float32 [27, in, out] ([8 * group, in, out] for CHILDREN) and [out].
     """
     count = table.shape[1]
     c_in, c_out = feats.shape[1], grad.shape[1]
     taps = 27 if mode == PLAIN else 8 * group
     if count == 0:
-        return torch.zeros(taps, c_in, c_out, device=feats.device)
-    tile = tile or choose_tile(c_in, c_out, mode, feats.dtype)
+        return torch.zeros(taps, c_in, c_out, device=feats.device), torch.zeros(c_out, device=feats.device)
+    tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype)
     width = triton.cdiv(taps, tile.taps) * triton.cdiv(c_in, tile.rows) * triton.cdiv(c_out, tile.columns)
     splits = min(
         max(1, triton.cdiv(programs, width)),
@@ -100,10 +114,11 @@ def gather_wgrad(
     share = triton.cdiv(triton.cdiv(count, splits), tile.depth) * tile.depth
     splits = triton.cdiv(count, share)
     partial = torch.empty(splits, taps, c_in, c_out, dtype=torch.float32, device=feats.device)
+    columns = torch.empty(splits * (group if mode == CHILDREN else 1), c_out, dtype=torch.float32, device=feats.device)
     gather_wgrad_kernel[(width, splits)](
-        feats, grad, partial, table, count, share, first_child,
+        feats, grad, partial, columns, table, count, share, first_child,
         C_IN=c_in, C_OUT=c_out, TAPS=taps, MODE=CHILDREN if mode == CHILDREN else PLAIN, GROUP=group,
         PRECISION=dot_precision(feats.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps,
-        num_warps=tile.warps, num_stages=tile.stages,
+        SWAP=tile.swap, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return partial[0] if splits == 1 else partial.sum(0)
+    return partial[0] if splits == 1 else partial.sum(0), columns.sum(0)

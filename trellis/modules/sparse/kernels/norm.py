@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.kernels.reduce import sum_moments, sum_tiles, tile_counts
+from trellis.modules.sparse.kernels.reduce import group_gradients, group_moments
 from trellis.modules.sparse.levels import Grid
 
 TILE_ROWS, POOLED_ROWS = 512, 128
@@ -178,18 +178,11 @@ def norm_forward(
     count, channels = x.shape
     tiles = grid.row_tiles(TILE_ROWS)
     number = tiles.spans.shape[0]
-    means, squares = (torch.empty(number, channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    means, squares = torch.empty(2, number, channels, dtype=torch.float32, device=x.device).unbind(0)
     shape = shape_of(channels)
     if number:
         moments_kernel[(number,)](x, tiles.spans, means, squares, TILE=TILE_ROWS, **shape)
-    rows, mean, square = sum_moments(tile_counts(tiles), means, squares, tiles.first)
-    grouped = mean.view(-1, groups, channels // groups)
-    centre = grouped.mean(2, keepdim=True)
-    rows = rows.clamp_min(1)[:, None, None]
-    variance = square.view_as(grouped).mean(2, keepdim=True) / rows + (grouped - centre).square().mean(2, keepdim=True)
-    rstd = torch.rsqrt(variance + eps).expand_as(grouped).reshape_as(mean)
-    mean = centre.expand_as(grouped).reshape_as(mean)
-    scale = weight.float() * rstd
+    mean, rstd, scale = group_moments(tiles, means, squares, weight, groups, eps)
     shift = bias.float().contiguous()
     target = coarse or grid
     out = torch.empty(target.num_rows, channels, dtype=x.dtype, device=x.device)
@@ -225,17 +218,13 @@ def norm_backward(
             x, starts, tiles.spans, grad, other, mean, rstd, scale, bias, scale, scale, partial, out,
             APPLY=False, **flags, **shape,
         )  # fmt: skip
-    sums = sum_tiles(partial, tiles.first).view(-1, 2, channels)
-    grad_bias, grad_weight = sums[:, 0], sums[:, 1]
     # over a group: d = rstd (w g - mean(w g) - x_hat mean(w g x_hat))
-    begin = grid.sample_starts
-    elements = ((begin[1:] - begin[:-1]).clamp_min(1) * (channels // groups)).float()[:, None]
-    weighted = (sums * scale[:, None]).view(-1, 2, groups, channels // groups).sum(3, keepdim=True)
-    weighted = (weighted.expand(-1, -1, -1, channels // groups).reshape(-1, 2, channels)) / elements[:, None]
-    offset, slope = weighted[:, 0].contiguous(), weighted[:, 1].contiguous()
+    grad_bias, grad_weight, offset, slope = group_gradients(tiles, partial, grid.sample_starts, scale, groups)
     if number:
         backward_kernel[(number,)](
             x, starts, tiles.spans, grad, other, mean, rstd, scale, bias, offset, slope, partial, out,
             APPLY=True, **flags, **shape,
         )  # fmt: skip
+    if grad_weight.shape[0] == 1:
+        return out, grad_weight[0], grad_bias[0]
     return out, grad_weight.sum(0), grad_bias.sum(0)

@@ -1,0 +1,74 @@
+"""The transformer block as one function against the plain block; its attention kernel stood in for by plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_batches import random_pyramid
+
+from trellis.modules.sparse import fused_block
+from trellis.modules.sparse.transformer import TransformerBlock
+
+
+def plain_attention(qkv, plan):
+    q, k, v = qkv.unbind(1)
+    out = torch.empty_like(q)
+    bounds = plan.cu_seqlens.tolist()
+    for start, stop in zip(bounds, bounds[1:]):
+        score = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) / q.shape[-1] ** 0.5
+        out[start:stop] = torch.einsum("hqk,khd->qhd", score.softmax(-1), v[start:stop])
+    return out
+
+
+def stand_in(monkeypatch):
+    def backward(grad, qkv, out, lse, states, plan):
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            plain_attention(leaf, plan).backward(grad)
+        return leaf.grad.view(len(qkv), -1)
+
+    none = torch.zeros(0)
+    monkeypatch.setattr(fused_block, "attention_forward", lambda x, plan: (plain_attention(x, plan), none, none, none))
+    monkeypatch.setattr(fused_block, "attention_backward", backward)
+
+
+@pytest.mark.parametrize("shift", [0, 4])
+def test_fused_block_equals_the_plain_one(shift, monkeypatch):
+    stand_in(monkeypatch)
+    topology = random_pyramid([40, 0, 27], extent=6).topology
+    block = TransformerBlock(24, 3, window_size=4, shift=shift).double()
+    x = torch.randn(topology.num_blocks, 24, dtype=torch.float64, requires_grad=True)
+    handed = torch.randn_like(x)
+    expected = block(x, topology, False)
+    good = torch.autograd.grad(expected, [x, *block.parameters()], handed)
+    layers = (block.attn.to_qkv, block.attn.to_out, block.mlp.mlp[0], block.mlp.mlp[2])
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    out = fused_block.FusedBlock.apply(x, topology.windows(4, shift), 3, *parameters)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    named = dict(zip([x, *block.parameters()], good))
+    for value, grad in zip([x, *parameters], torch.autograd.grad(out, [x, *parameters], handed)):
+        torch.testing.assert_close(grad, named[value], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0, 4])
+def test_fused_block_on_the_card(dtype, shift, cuda_device):
+    topology = random_pyramid([300, 0, 512], extent=16).topology
+    block = TransformerBlock(128, 2, shift=shift)
+    exact = TransformerBlock(128, 2, shift=shift).double()
+    exact.load_state_dict(block.state_dict())
+    block = block.to(cuda_device)
+    moved = type(topology)(topology.coords.to(cuda_device), topology.num_samples, 16)
+    x = torch.randn(topology.num_blocks, 128).to(cuda_device, dtype).requires_grad_()
+    y = x.detach().cpu().double().requires_grad_()
+    handed = torch.randn(x.shape)
+    out, expected = block(x, moved), exact(y, topology, False)
+    out.backward(handed.to(cuda_device, dtype))
+    expected.backward(handed.to(dtype).double())
+    tolerance = 4 * torch.finfo(dtype).eps
+    pairs = [(out, expected), (x.grad, y.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(block.parameters(), exact.parameters())]
+    for got, good in pairs:
+        error = (got.detach().cpu().double() - good.detach()).norm() / good.detach().norm()
+        assert error <= tolerance

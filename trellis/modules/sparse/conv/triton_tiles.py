@@ -1,0 +1,79 @@
+"""Tiles of the convolution kernels: a table of measured widths, a rule for the others. Nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FUSED_TAPS, FUSED_WIDTH = 8, 32
+"""A tile that gathers all 8 reduced taps of up to this many channels keeps a child's weight gradient in registers."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth of a program's tile, taps gathered side by side, and launch options.
+
+    `swap` computes the transposed product, for weight gradients with fewer input than output channels.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    taps: int = 1
+    warps: int = 4
+    stages: int = 3
+    swap: bool = False
+
+
+TUNED: dict[tuple[str, int, int, int], Tile] = {}
+"""(kernel, mode, in, out) in 16 bit."""
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def gemm_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
+    """Of `gather_gemm`: rows, output channels, input channels."""
+    depth = max(16, min(64, _power_of_2(c_in)))
+    columns = max(16, min(128, _power_of_2(c_out)))
+    if dtype == torch.float32:
+        return Tile(64, min(columns, 64), min(depth, 32), 1, 4, 2)
+    rule = Tile(128, columns, depth, 1, 4 if columns <= 64 else 8, 5 if depth == 64 else 3)
+    return TUNED.get(("gemm", mode, c_in, c_out), rule)
+
+
+def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
+    """Of `gather_wgrad`: input channels, output channels, rows of a step."""
+    rows = max(16, min(128, _power_of_2(c_in)))
+    columns = max(16, min(128, _power_of_2(c_out)))
+    if dtype == torch.float32:
+        return Tile(min(rows, 64), min(columns, 64), 32, 1, 4, 2)
+    rule = Tile(rows, columns, 64, 1, 8 if rows * columns > 64 * 128 else 4, 3, swap=rows < 64 <= columns)
+    return TUNED.get(("wgrad", mode, c_in, c_out), rule)
+
+
+def scalar_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
+    """Of `scalar_forward`: parents, all output channels, input channels."""
+    depth = max(16, min(64, _power_of_2(c_in)))
+    columns = max(16, _power_of_2(c_out))
+    if dtype == torch.float32:
+        return Tile(64, columns, min(depth, 32), 1, 4, 2)
+    return TUNED.get(("scalar", 1, c_in, c_out), Tile(128, columns, depth, 1, 4, 3))
+
+
+def scalar_backward_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
+    """Of `scalar_backward`; with all 8 taps side by side it makes the weight gradient too."""
+    tile = scalar_tile(c_in, c_out, dtype)
+    rule = tile
+    if max(tile.depth, tile.columns) <= FUSED_WIDTH:
+        rule = Tile(32 if dtype == torch.float32 else 128, tile.columns, tile.depth, FUSED_TAPS, 8, 2)
+    if dtype == torch.float32:
+        return rule
+    return TUNED.get(("scalar_backward", 1, c_in, c_out), rule)
+
+
+def keeps_weight_gradient(tile: Tile) -> bool:
+    """Whether the backward kernel of the last stage makes the weight gradient itself."""
+    return tile.taps == FUSED_TAPS and max(tile.depth, tile.columns) <= FUSED_WIDTH
