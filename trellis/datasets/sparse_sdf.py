@@ -308,10 +308,13 @@ def parse_roots(roots: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _items_of_metadata(root: Path, resolution: int, split: str) -> tuple[list[Item], list[tuple[str, str]]]:
-    with open(root / "metadata.csv", newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        columns = reader.fieldnames or []
-        rows = list(reader)
+    try:
+        with open(root / "metadata.csv", newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            columns = list(reader.fieldnames or [])
+            rows = list(reader)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ValueError(f"{root / 'metadata.csv'}: not a readable table: {error}") from None
     if "sha256" not in columns:
         raise ValueError(f"{root / 'metadata.csv'}: column sha256 is missing; columns present: {', '.join(columns)}")
     if "split" not in columns:

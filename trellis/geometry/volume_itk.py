@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trellis.geometry.dicom_check import check_elements, is_dicom
 from trellis.geometry.volume_raw import DEFLATE_MAX_RATIO, RawVolume, check_affine, check_size
 
 MAX_HEADER_BYTES = 1 << 20
@@ -50,6 +51,14 @@ def _read_image(path: Path, held_bytes: int) -> Any:
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
+    _check_announced(reader, held_bytes)
+    return reader.Execute()
+
+
+def _check_announced(reader: Any, held_bytes: int) -> None:
+    """ValueError if an image's information announces more bytes than can be packed into what the file holds."""
+    import SimpleITK
+
     size = reader.GetSize()
     check_size(size)
     components = reader.GetNumberOfComponents()
@@ -59,7 +68,6 @@ def _read_image(path: Path, held_bytes: int) -> Any:
         needed *= int(n)
     if needed > held_bytes * DEFLATE_MAX_RATIO:
         raise ValueError(f"its header announces {needed} bytes of voxels, and the file has {held_bytes}: truncated")
-    return reader.Execute()
 
 
 def _from_image(image: Any, notes: tuple[str, ...] = (), *, has_spacing: bool = True) -> RawVolume:
@@ -147,24 +155,51 @@ def read_metaimage(path: Path) -> RawVolume:
     header = _text_header(path, rb"^\s*ElementDataFile\s*=.*$")
     if "elementdatafile" not in header or "dimsize" not in header:
         raise ValueError("a MetaImage header has DimSize and ElementDataFile")
+    _check_meta_header(header)
     held = _check_data_file(path, header["elementdatafile"])
     spaced = "elementspacing" in header or "elementsize" in header
     return _from_image(_read_image(path, held), has_spacing=spaced)
+
+
+def _check_meta_header(header: dict[str, str]) -> None:
+    """ValueError for numbers that MetaIO would trust: axes, sizes, channels, length of packed data."""
+    axes = header.get("ndims", "")
+    if axes not in ("3", "4"):
+        raise ValueError(f"NDims must be 3 or 4, got {axes[:40]!r}")
+    for name, count, lowest in (
+        ("dimsize", int(axes), 1), ("elementnumberofchannels", 1, 1), ("compresseddatasize", 1, 0),
+        ("headersize", 1, -1),
+    ):  # fmt: skip
+        words = header.get(name, " ".join(["1"] * count)).split()
+        if len(words) != count or not all(re.fullmatch(r"[+-]?\d{1,18}", word) for word in words):
+            raise ValueError(f"{name} must be {count} whole numbers, got {' '.join(words)[:40]!r}")
+        if min(map(int, words)) < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {' '.join(words)[:40]!r}")
 
 
 def read_dicom_folder(path: Path) -> RawVolume:
     """A folder with the slices of one DICOM series (sub-folders are not searched)."""
     import SimpleITK
 
+    slices = sorted(file for file in path.iterdir() if file.name.upper() != "DICOMDIR" and is_dicom(file))
+    for number, file in enumerate(slices, start=1):
+        try:
+            check_elements(file)
+        except ValueError as error:
+            raise ValueError(f"file {number} of {len(slices)}: {error}") from None
     series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
     if len(series) != 1:
         raise ValueError(f"a folder with one DICOM series is needed, got {len(series)} series")
     files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])
+    left_out = {file.name for file in slices} - {Path(name).name for name in files}
+    if left_out:
+        raise ValueError(f"{len(left_out)} of {len(slices)} DICOM files cannot be read as slices of its series")
     reader = SimpleITK.ImageFileReader()
     positions, normal, sizes = [], None, set()
     for name in files:
         reader.SetFileName(name)
         reader.ReadImageInformation()
+        _check_announced(reader, Path(name).stat().st_size)
         direction = np.array(reader.GetDirection()).reshape(3, 3)
         normal = direction[:, 2] if normal is None else normal
         positions.append(float(np.dot(reader.GetOrigin(), normal)))

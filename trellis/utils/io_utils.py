@@ -8,7 +8,6 @@ import math
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,16 +103,22 @@ def load_sparse_sdf(path: str | Path, *, convert_unsigned: bool = False) -> Spar
         fields = read_npz(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable sparse SDF npz: {error}") from None
+    except Exception as error:  # damaged headers make numpy and zipfile raise anything, TokenError to RuntimeError
+        raise ValueError(f"{path}: not a readable sparse SDF npz: {_short(error)}") from None
     try:
         if "schema_version" in fields:
             return _from_schema_2(fields)
         return _from_schema_1(fields, convert_unsigned)
     except KeyError as error:
-        raise ValueError(f"{path}: field {error} is missing; fields present: {sorted(fields)}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: field {error} is missing; fields present: {sorted(fields)[:12]}") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: {_short(error)}") from None
+
+
+def _short(error: Exception) -> str:
+    """An error's words; a damaged header may be quoted in them at length."""
+    words = str(error) or type(error).__name__
+    return words if len(words) <= 1000 else words[:1000] + " ..."
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:

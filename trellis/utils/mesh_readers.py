@@ -19,14 +19,13 @@ import numpy as np
 
 from trellis.utils.mesh_text import parse_obj, parse_off, parse_ply
 from trellis.utils.mesh_vtk import parse_vtk
+from trellis.utils.mesh_vtp import parse_vtp
 from trellis.utils.mesh_writers import STL_TRIANGLE
 
 log = logging.getLogger(__name__)
 
 MESH_SPACES = ("LPS", "RAS")
-DEFLATE_MAX_RATIO = 1032
-"""Deflate cannot pack better than this."""
-MAX_UNPACKED_BYTES = 4 << 30
+MAX_UNPACKED_BYTES = 2 << 30
 """Most bytes that a compressed mesh may unpack to."""
 
 
@@ -198,10 +197,7 @@ def read_gifti(path: Path) -> RawMesh:
     import nibabel
 
     if path.name.lower().endswith(".gz"):
-        with gzip.open(path) as stream:
-            text = stream.read(MAX_UNPACKED_BYTES + 1)
-        if len(text) > MAX_UNPACKED_BYTES:
-            raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES} bytes")
+        text = _gunzip(path)
     else:
         text = path.read_bytes()
     _refuse_gifti_bomb(text)
@@ -219,6 +215,18 @@ def read_gifti(path: Path) -> RawMesh:
     if np.linalg.det(matrix[:3, :3]) < 0:
         faces = faces[:, ::-1]
     return RawMesh(vertices, faces, "RAS")
+
+
+def _gunzip(path: Path) -> bytes:
+    """A packed file's content; at most MAX_UNPACKED_BYTES, in pieces: one read of that size reserves all of it."""
+    pieces, size = [], 0
+    with gzip.open(path) as stream:
+        while piece := stream.read(1 << 20):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_UNPACKED_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES} bytes")
+    return b"".join(pieces)
 
 
 def _refuse_gifti_bomb(text: bytes) -> None:
@@ -300,22 +308,8 @@ def read_vtk(path: Path) -> RawMesh:
 
 def read_vtp(path: Path) -> RawMesh:
     """VTK XML poly data; a string field SPACE carries the space tag."""
-    import pyvista
-
-    data = path.read_bytes()
-    for count in re.findall(rb"Number(?:Of\w+)\s*=\s*[\"']\s*(\d+)", data):
-        if int(count) > len(data) * DEFLATE_MAX_RATIO:
-            raise ValueError(f"it announces {int(count)} elements, and the file has {len(data)} bytes: truncated")
-    mesh = pyvista.read(path)
-    if not isinstance(mesh, pyvista.PolyData):
-        raise ValueError(f"a surface (PolyData) is needed, got {type(mesh).__name__}")
-    space = None
-    if "SPACE" in mesh.field_data:
-        space = find_space_tag(f"SPACE={np.asarray(mesh.field_data['SPACE']).ravel()[0]}".encode())
-    if mesh.n_strips or not mesh.is_all_triangles:
-        mesh = mesh.triangulate()
-    faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 4)[:, 1:]
-    return RawMesh(np.asarray(mesh.points, dtype=np.float64), faces, space)
+    vertices, faces, space = parse_vtp(path.read_bytes())
+    return RawMesh(vertices, faces, find_space_tag(f"SPACE={space}".encode()) if space else None)
 
 
 READERS: dict[str, Callable[[Path], RawMesh]] = {

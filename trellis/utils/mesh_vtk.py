@@ -83,7 +83,7 @@ def parse_vtk(data: bytes) -> tuple[np.ndarray, np.ndarray]:
             if keyword == "POLYGONS":
                 faces.append(fan(counts, indices))
             elif keyword == "TRIANGLE_STRIPS":
-                faces.append(_strips(counts, indices))
+                faces.append(strips_to_triangles(counts, indices))
         elif keyword == "METADATA":
             _skip_metadata(source)
         elif keyword == "FIELD":
@@ -132,7 +132,8 @@ def _cells(source: _Source, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return rows[starts_array], rows[keep]
 
 
-def _strips(counts: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def strips_to_triangles(counts: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Triangles [F, 3] of strips: `counts` corners each, `indices` one strip after the other."""
     triangles, at = [np.zeros((0, 3), dtype=np.int64)], 0
     for count in counts.tolist():
         strip = indices[at : at + count]
