@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import secrets
+import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,24 +78,75 @@ def scrub(text: str, names: Iterable[str]) -> str:
     return text
 
 
+_QUOTED = re.compile(r"""(?<!\w)b?(['"])(?:\\.|(?!\1).)*\1(?!\w)""", flags=re.DOTALL)
+_FORMAT_WORDS = frozenset((
+    "ply", "end_header", "OFF", "glTF", "solid", "endsolid", "# vtk DataFile", "NRRD", "DICM", "volume", "spacing_mm",
+    "affine", "sparse_sdf", "sparse_index", *(f".{end}" for end in (
+        "stl", "ply", "obj", "off", "glb", "gltf", "gii", "vtk", "vtp", "nii", "gz", "nii.gz", "mgh", "mgz", "nrrd",
+        "nhdr", "mha", "mhd", "npy", "npz",
+    )),
+))  # fmt: skip
+"""What readers quote of their own; everything else between quotes may be text of a header."""
+
+
+def hide_quoted(text: str) -> str:
+    """`text` without what it quotes, save words of the formats themselves: readers quote the text that they trip over,
+    and that may be a comment, a title or a name."""
+    return _QUOTED.sub(lambda m: m.group() if m.group()[m.start(1) - m.start() + 1 : -1] in _FORMAT_WORDS else _HIDDEN,
+                       text)  # fmt: skip
+
+
 @contextmanager
 def scrubbed_logs(names: Sequence[str]) -> Iterator[None]:
-    """While this is open, log messages of every library in this process lose the given names."""
+    """While this is open, what libraries in this process log, warn of or write to stderr loses the given names.
+
+    Log messages and warnings lose what they quote, too. Text that libraries in C and C++ write to stderr themselves is
+    held back, and given out at the end.
+    """
     if not names:
         yield
         return
-    original = logging.getLogRecordFactory()
+    original, show = logging.getLogRecordFactory(), warnings.showwarning
 
     def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = original(*args, **kwargs)
-        record.msg, record.args = scrub(record.getMessage(), names), ()
+        record.msg, record.args = hide_quoted(scrub(record.getMessage(), names)), ()
         return record
 
+    def warn(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:
+        logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
+
     logging.setLogRecordFactory(make)
+    warnings.showwarning = warn
     try:
-        yield
+        with _held_stderr(names):
+            yield
     finally:
+        warnings.showwarning = show
         logging.setLogRecordFactory(original)
+
+
+@contextmanager
+def _held_stderr(names: Sequence[str]) -> Iterator[None]:
+    """File descriptor 2 goes to a temporary file, and its text, scrubbed, to the real one at the end."""
+    try:
+        real = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with tempfile.TemporaryFile() as held:
+            os.dup2(held.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(real, 2)
+                held.seek(0)
+                text = os.fsdecode(held.read(1 << 20))
+                if text:
+                    os.write(2, os.fsencode(scrub(text, names)))
+    finally:
+        os.close(real)
 
 
 def names_of(path: Path, data_root: Path) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from trellis.preparation import records
 from trellis.preparation.discover import MESH
 from trellis.preparation.frames import box_of
-from trellis.preparation.privacy import label_without_patient, names_of, scrub, scrubbed_logs
+from trellis.preparation.privacy import hide_quoted, label_without_patient, names_of, scrub, scrubbed_logs
 from trellis.preparation.settings import PrepareSettings
 from trellis.preparation.surfaces import Surfaces, names_of_labels, surfaces_of_mesh, surfaces_of_volume
 from trellis.utils.io_utils import save_sparse_sdf, sha256_of_file
@@ -76,7 +76,7 @@ def failure(identity: str, stage: str, error: BaseException | str, *, names: lis
         reason = f"{type(error).__name__}: {error}"
     else:
         reason = error
-    reason = " ".join(scrub(reason, names or []).split())
+    reason = " ".join((hide_quoted(scrub(reason, names)) if names else reason).split())
     return {"id": identity, "stage": stage, "reason": reason[:2000], "permanent": isinstance(error, ValueError)}
 
 
@@ -93,7 +93,7 @@ def read_source(task: SourceTask) -> dict[str, Any]:
         with scrubbed_logs(names), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # format libraries warn with paths; what matters is raised or in the notes
             surfaces = _surfaces(task)
-        record["notes"] = [scrub(note, names) for note in surfaces.notes]
+        record["notes"] = [hide_quoted(scrub(note, names)) if names else note for note in surfaces.notes]
         record["picked"] = sorted(surfaces.picked)
         stage = "clean"
         for label, error in surfaces.failures.items():
