@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from trellis.utils.io_utils import open_regular
 from trellis.utils.typed_json import check_call, did_you_mean, from_json, report_unknown, show
 
 MODEL_CLASSES = ("SparseSDFVQVAE",)
@@ -177,10 +178,11 @@ def load_config(
     """
     path = Path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        with open(path, encoding="utf-8", opener=open_regular) as stream:
+            raw = json.load(stream, object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise ConfigError(str(path), ["no such file"]) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), [f"not readable as JSON: {error}"]) from None
     problems: list[str] = []
     for override in overrides:

@@ -162,7 +162,7 @@ def nrrd(encoding: str, *, header: str = "", magic: str = "NRRD0004") -> bytes:
     return (
         f"{magic}\ntype: unsigned char\ndimension: 3\nspace: left-posterior-superior\nsizes: 7 6 5\n"
         "space directions: (1.5,0,0) (0,1,0) (0,0,2)\nkinds: domain domain domain\nendian: little\n"
-        f"encoding: {encoding}\nspace origin: (-40,30,20)\n{header}\n"
+        f"encoding: {encoding}\nspace origin: (-40,30,20)\n{header.strip()}{bool(header) * chr(10)}\n"
     ).encode() + packed
 
 

@@ -100,7 +100,7 @@ def test_slicer_style_tags(tmp_path: Path):
     assert find_space_tag(b"3D Slicer output. SPACE=LPS") == "LPS"
     assert find_space_tag(b"no tag, SPACEX=LPS") is None
     path.write_text("\n".join([*lines, "endsolid"]).replace("SPACE=RAS", "SPACE=LAS"))
-    with pytest.raises(ValueError, match="ascii.stl.*LPS or RAS, got LAS"):
+    with pytest.raises(ValueError, match="ascii.stl.*LPS or RAS, got .'LAS'."):
         read_mesh(path)
 
 

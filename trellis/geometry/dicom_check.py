@@ -6,6 +6,8 @@ import mmap
 import struct
 from pathlib import Path
 
+from trellis.utils.io_utils import open_regular
+
 IMPLICIT, DEFLATED, BIG_ENDIAN = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.2"
 LONG_TYPES = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 SHORT_TYPES = frozenset((
@@ -19,8 +21,8 @@ PIXELS, ITEM = (0x7FE0, 0x0010), (0xFFFE, 0xE000)
 def is_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM's part 10 says."""
     try:
-        with open(path, "rb") as stream:
-            return path.is_file() and stream.read(132)[128:] == b"DICM"
+        with open(path, "rb", opener=open_regular) as stream:
+            return stream.read(132)[128:] == b"DICM"
     except OSError:
         return False
 

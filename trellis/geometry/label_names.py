@@ -34,9 +34,13 @@ def read_label_names(path: str | Path) -> dict[int, str]:
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise ValueError(f"{path}: a label table may have at most {MAX_TABLE_BYTES} bytes, got {path.stat().st_size}")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = path.read_bytes().decode("latin-1")
+        text = content.decode("latin-1")
     try:
         pairs = _from_json(text) if path.suffix.lower() == ".json" else _from_text(text)
         names: dict[int, str] = {}

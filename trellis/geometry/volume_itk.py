@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trellis.geometry.dicom_check import check_elements, is_dicom
-from trellis.geometry.volume_raw import DEFLATE_MAX_RATIO, RawVolume, check_affine, check_size
+from trellis.geometry.volume_raw import RawVolume, check_affine, check_packing, check_size
 
 MAX_HEADER_BYTES = 1 << 20
 UNIFORM_SPACING_TOLERANCE_MM = 0.01
@@ -66,8 +66,7 @@ def _check_announced(reader: Any, held_bytes: int) -> None:
     needed = voxel_bytes * components
     for n in size:
         needed *= int(n)
-    if needed > held_bytes * DEFLATE_MAX_RATIO:
-        raise ValueError(f"its header announces {needed} bytes of voxels, and the file has {held_bytes}: truncated")
+    check_packing(needed, held_bytes)
 
 
 def _from_image(image: Any, notes: tuple[str, ...] = (), *, has_spacing: bool = True) -> RawVolume:

@@ -14,6 +14,18 @@ DEFLATE_MAX_RATIO = 1032
 """Deflate cannot pack better than this, so a header that announces more bytes than that is wrong."""
 
 
+CONSTANT_RATIO, SURELY_LARGE_BYTES = 1000, 256 << 20
+"""Voxels of this many bytes that are packed more than this are one value everywhere: a bomb, no segmentation."""
+
+
+def check_packing(needed: int, held: int) -> None:
+    """ValueError for `held` bytes that cannot hold `needed` bytes of voxels, or nothing but one value."""
+    if needed > held * DEFLATE_MAX_RATIO:
+        raise ValueError(f"its header announces {needed} bytes of voxels, and the file has {held}: truncated")
+    if needed > SURELY_LARGE_BYTES and needed > held * CONSTANT_RATIO:
+        raise ValueError(f"{held} bytes that unpack to {needed} are one value everywhere: not unpacked")
+
+
 @dataclass(frozen=True)
 class RawVolume:
     """A volume as its file has it.

@@ -15,13 +15,14 @@ import numpy as np
 from trellis.geometry.volume_itk import read_dicom_folder, read_metaimage, read_nrrd
 from trellis.geometry.volume_raw import (
     CONFLICT_MM,
-    DEFLATE_MAX_RATIO,
     MAX_VOXELS,
     RawVolume,
     affine_from_spacing,
     check_affine,
+    check_packing,
     frames_last,
 )
+from trellis.utils.io_utils import check_npy_header, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ def _check_nibabel_bytes(path: Path, image: object) -> None:
         needed *= int(n)
     held = path.stat().st_size
     compressed = path.suffix.lower() in (".gz", ".mgz")
-    if needed > held * (DEFLATE_MAX_RATIO if compressed else 1):
+    if compressed:
+        check_packing(needed, held)
+    elif needed > held:
         raise ValueError(f"its header announces {needed} bytes of voxels, and the file has {held}: truncated")
 
 
@@ -103,8 +106,9 @@ def read_mgh(path: Path) -> RawVolume:
 def read_npy(path: Path) -> RawVolume:
     """A bare array [X, Y, Z]; it has no spacing of its own."""
     with open(path, "rb") as stream:
-        data = np.load(stream, allow_pickle=False)  # reads what is there: an absurd header runs out of file first
-    return RawVolume(_plain_array(data), None)
+        check_npy_header(stream, path.stat().st_size, "the array")
+        stream.seek(0)
+        return RawVolume(_plain_array(np.load(stream, allow_pickle=False)), None)
 
 
 def read_npz(path: Path) -> RawVolume:
@@ -112,7 +116,10 @@ def read_npz(path: Path) -> RawVolume:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.file_size > 8 * MAX_VOXELS:
-                raise ValueError(f"{entry.filename} unpacks to {entry.file_size} bytes")
+                raise ValueError(f"{entry.filename!r} unpacks to {entry.file_size} bytes")
+            check_packing(entry.file_size, entry.compress_size)
+            with archive.open(entry) as member:
+                check_npy_header(member, entry.file_size, entry.filename)
     with np.load(path, allow_pickle=False) as archive:
         if "volume" not in archive.files:
             raise ValueError(f"field 'volume' is missing; fields present: {sorted(archive.files)}")
@@ -176,7 +183,7 @@ def _one_line(error: Exception) -> str:
 def read_raw_volume(path: str | Path) -> RawVolume:
     """Read any known volume file; every failure is a ValueError that names the file."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():  # a pipe or a device would never end
         raise ValueError(f"{path}: no such file")
     reader = read_dicom_folder if path.is_dir() else READERS.get(volume_suffix(path))
     if reader is None:
@@ -185,18 +192,23 @@ def read_raw_volume(path: str | Path) -> RawVolume:
             f"{', '.join(sorted(READERS))}"
         )
     try:
+        if path.is_file():
+            path.open("rb").close()  # libraries take a file that may not be read for one of another format
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
         raw = reader(path)
     except MemoryError as error:
         raise ValueError(f"{path}: needs more memory than there is: {error}") from None
     except UNREADABLE as error:
-        raise ValueError(f"{path}: truncated or damaged: {str(error) or type(error).__name__}") from error
+        raise unreadable(f"{path}: truncated or damaged", error, str(error) or type(error).__name__) from error
     except Exception as error:
         # the format libraries raise whatever they trip over; a bad file is always the user's to fix
         reason = _one_line(error)
         if "allow_pickle" in reason or "Object arrays" in reason:
             reason = "it holds pickled objects, which are never loaded: save plain numbers"
         kind = "DICOM" if path.is_dir() else volume_suffix(path)
-        raise ValueError(f"{path}: not a readable {kind} volume: {reason}") from error
+        raise unreadable(f"{path}: not a readable {kind} volume", error, reason) from error
     for note in raw.notes:
         log.warning("%s: %s", path, note)
     return raw

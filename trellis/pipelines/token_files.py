@@ -15,7 +15,7 @@ import torch
 
 from trellis.geometry.transforms import check_to_world
 from trellis.utils.blocks import LATENT_STRIDE, check_resolution, morton_encode
-from trellis.utils.io_utils import atomic_write
+from trellis.utils.io_utils import atomic_write, open_regular
 
 TOKEN_FORMAT_VERSION = 1
 TOKEN_SUFFIX = ".safetensors"
@@ -185,7 +185,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: 8 bytes of length, then that many bytes."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=open_regular) as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 < length <= min(size - 8, 100_000_000):

@@ -154,13 +154,11 @@ def _data_files(header: Path, files: list[Path]) -> list[Path]:
 
 
 def _is_dicom(path: Path) -> bool:
+    from trellis.geometry.dicom_check import is_dicom
+
     if path.suffix.lower() not in ("", ".dcm", ".ima"):
         return False
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    return is_dicom(path)
 
 
 def _patient(relative: str, path: Path, pattern: re.Pattern[str] | None) -> str | None:

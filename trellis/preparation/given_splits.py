@@ -24,7 +24,7 @@ def read_splits(path: str | Path, fold: int = 0) -> dict[str, str]:
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file of splits: {error}") from None
     if isinstance(value, list):
         if not 0 <= fold < len(value):

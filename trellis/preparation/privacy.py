@@ -78,7 +78,7 @@ def scrub(text: str, names: Iterable[str]) -> str:
     return text
 
 
-_QUOTED = re.compile(r"""(?<!\w)b?(['"])(?:\\.|(?!\1).)*\1(?!\w)""", flags=re.DOTALL)
+_QUOTED = re.compile(r"""(?<!\w)b?(['"])(?:\\.|(?!\1(?!\w)).)*(?:\1|\Z)""", flags=re.DOTALL)
 _FORMAT_WORDS = frozenset((
     "ply", "end_header", "OFF", "glTF", "solid", "endsolid", "# vtk DataFile", "NRRD", "DICM", "volume", "spacing_mm",
     "affine", "sparse_sdf", "sparse_index", *(f".{end}" for end in (

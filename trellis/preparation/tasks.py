@@ -71,7 +71,7 @@ def failure(identity: str, stage: str, error: BaseException | str, *, names: lis
     lost worker) is tried again by the next run.
     """
     if isinstance(error, ValueError):
-        reason = str(error)
+        reason = getattr(error, "public", str(error)) if names else str(error)
     elif isinstance(error, BaseException):
         reason = f"{type(error).__name__}: {error}"
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +21,23 @@ from trellis.utils.blocks import BAND_VOXELS, STORAGE_BLOCK, SparseSDFBlocks, bl
 
 SCHEMA_VERSION = 2
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
+
+
+class UnreadableFile(ValueError):
+    """A file that cannot be read. `public` says it without the words of a library, which may be text of the file."""
+
+    def __init__(self, message: str, public: str) -> None:
+        super().__init__(message)
+        self.public = public
+
+
+def unreadable(what: str, error: Exception, words: str) -> UnreadableFile:
+    """`what: words`; the words are public if it was this package that raised `error`, else only its type is."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    own = frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "trellis"
+    return UnreadableFile(f"{what}: {words}", f"{what}: {words if own else type(error).__name__}")
 
 
 @contextmanager
@@ -39,6 +58,15 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def open_regular(path: str, flags: int) -> int:
+    """An `opener` for open(): OSError for what is no regular file, where a pipe would wait and a device never end."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return handle
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -54,7 +82,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def sha256_of_file(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open(path, "rb", opener=open_regular) as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -127,7 +155,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error: the file is not such an archive.
     """
-    with open(path, "rb") as stream:
+    with open(path, "rb", opener=open_regular) as stream:
         if stream.read(6) == b"\x93NUMPY":
             raise ValueError("an .npz archive is needed, got a single array")
     with zipfile.ZipFile(path) as archive:
@@ -137,21 +165,21 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{packed} bytes that unpack to {unpacked} are refused")
         for info in members:
             with archive.open(info) as member:
-                _check_npy_header(member, info)
+                check_npy_header(member, info.file_size, info.filename)
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _check_npy_header(member: IO[bytes], info: zipfile.ZipInfo) -> None:
-    """ValueError unless an archive's member is an array of plain numbers or text as long as its header says."""
-    version = np.lib.format.read_magic(member)
+def check_npy_header(stream: IO[bytes], size: int, name: str) -> None:
+    """ValueError unless a stream of `size` bytes is an array of plain numbers or text as long as its header says."""
+    version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(member)
+    shape, _, dtype = read_header(stream)
     if dtype.hasobject:
-        raise ValueError(f"{info.filename} holds Python objects, which are not loaded")
+        raise ValueError(f"{name!r} holds pickled objects, which are never loaded: save plain numbers")
     announced = math.prod(shape) * dtype.itemsize
-    if announced != info.file_size - member.tell():
-        raise ValueError(f"{info.filename} announces {announced} bytes and holds {info.file_size - member.tell()}")
+    if announced != size - stream.tell() or any(n < 0 for n in shape):
+        raise ValueError(f"{name!r} announces {announced} bytes, shape {shape}, and holds {size - stream.tell()}")
 
 
 def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trellis.utils.io_utils import open_regular
 from trellis.utils.mesh_text import parse_obj, parse_off, parse_ply
 from trellis.utils.mesh_vtk import parse_vtk
 from trellis.utils.mesh_vtp import parse_vtp
@@ -25,7 +26,7 @@ from trellis.utils.mesh_writers import STL_TRIANGLE
 log = logging.getLogger(__name__)
 
 MESH_SPACES = ("LPS", "RAS")
-MAX_UNPACKED_BYTES = 2 << 30
+MAX_UNPACKED_BYTES = 1 << 30
 """Most bytes that a compressed mesh may unpack to."""
 
 
@@ -53,7 +54,7 @@ def find_space_tag(text: bytes) -> str | None:
     if not found:
         return None
     if len(found) > 1 or not found <= set(MESH_SPACES):
-        raise ValueError(f"the SPACE tag must be LPS or RAS, got {', '.join(sorted(found))}")
+        raise ValueError(f"the SPACE tag must be LPS or RAS, got {sorted(found)}")
     return found.pop()
 
 
@@ -218,15 +219,16 @@ def read_gifti(path: Path) -> RawMesh:
 
 
 def _gunzip(path: Path) -> bytes:
-    """A packed file's content; at most MAX_UNPACKED_BYTES, in pieces: one read of that size reserves all of it."""
-    pieces, size = [], 0
+    """A packed XML file's content, at most MAX_UNPACKED_BYTES, in pieces: one read of that size reserves it all."""
+    content = io.BytesIO()
     with gzip.open(path) as stream:
         while piece := stream.read(1 << 20):
-            pieces.append(piece)
-            size += len(piece)
-            if size > MAX_UNPACKED_BYTES:
+            content.write(piece)
+            if content.tell() > MAX_UNPACKED_BYTES:
                 raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES} bytes")
-    return b"".join(pieces)
+            if b"\0" in piece:
+                raise ValueError("XML does not contain zero bytes: damaged")
+    return content.getvalue()
 
 
 def _refuse_gifti_bomb(text: bytes) -> None:
@@ -270,7 +272,7 @@ def _gifti_to_ras(array: Any) -> np.ndarray:
 def is_freesurfer_surface(path: Path) -> bool:
     """Whether a file begins as FreeSurfer's binary triangle or quad surfaces do."""
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=open_regular) as stream:
             return stream.read(3) in (b"\xff\xff\xfe", b"\xff\xff\xff", b"\xff\xff\xfd")
     except OSError:
         return False

@@ -20,7 +20,7 @@ def numbers(text: bytes, what: str, dtype: type = np.float64) -> np.ndarray:
     words = text.split()
     try:
         return np.array(words, dtype="S").astype(dtype) if words else np.zeros(0, dtype)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{what} must be numbers: {error}") from None
 
 
@@ -117,7 +117,7 @@ def parse_ply(data: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
     faces: np.ndarray | None = None
     for name, count, properties in elements:
         if count > len(body):  # every row takes at least a byte
-            raise ValueError(f"element {name} announces {count} rows, and {len(body)} bytes follow: truncated")
+            raise ValueError(f"element {name!r} announces {count} rows, and {len(body)} bytes follow: truncated")
         wanted = {"vertex": ("x", "y", "z"), "face": ("vertex_indices", "vertex_index")}.get(name, ())
         columns = source.read(name, count, properties, wanted)
         if name == "vertex":
@@ -175,7 +175,7 @@ class _BinaryRows:
     def _take(self, dtype: np.dtype, count: int, name: str) -> np.ndarray:
         end = self._at + dtype.itemsize * count
         if end > len(self._body):
-            raise ValueError(f"element {name} needs {end} bytes after the header, got {len(self._body)}: truncated")
+            raise ValueError(f"element {name!r} needs {end} bytes after the header, got {len(self._body)}: truncated")
         rows = np.frombuffer(self._body, dtype=dtype, count=count, offset=self._at)
         self._at = end
         return rows
@@ -226,7 +226,7 @@ class _BinaryRows:
             for key, kind, length in types:
                 size = 1 if length is None else int(self._take(length, 1, name)[0])
                 if size < 0:
-                    raise ValueError(f"a list of {size} entries in element {name}")
+                    raise ValueError(f"a list of {size} entries in element {name!r}")
                 row = self._take(kind, size, name)
                 if key in values:
                     values[key].append(row)
@@ -245,12 +245,12 @@ class _AsciiRows:
     def read(self, name: str, count: int, properties: list[Property], wanted: Sequence[str]) -> dict:
         lines = self._lines[self._at : self._at + count]
         if len(lines) < count:
-            raise ValueError(f"element {name} announces {count} rows, and {len(lines)} lines are left: truncated")
+            raise ValueError(f"element {name!r} announces {count} rows, and {len(lines)} lines are left: truncated")
         self._at += count
         if not any(length for _, _, length in properties):
-            table = numbers(b" ".join(lines), f"element {name}")
+            table = numbers(b" ".join(lines), f"element {name!r}")
             if table.size != count * len(properties):
-                raise ValueError(f"element {name} needs {len(properties)} numbers a row")
+                raise ValueError(f"element {name!r} needs {len(properties)} numbers a row")
             table = table.reshape(count, len(properties))
             return {key: table[:, i] for i, (key, _, _) in enumerate(properties)}
         values: dict[str, list[bytes]] = {key: [] for key, _, _ in properties}
@@ -261,7 +261,7 @@ class _AsciiRows:
                 size = int(words[at]) if length and at < len(words) else 1
                 at += 1 if length else 0
                 if size < 0 or at + size > len(words):
-                    raise ValueError(f"a row of element {name} is too short: {line.decode(errors='replace')!r}")
+                    raise ValueError(f"a row of element {name!r} is too short: {line.decode(errors='replace')!r}")
                 values[key].append(b" ".join(words[at : at + size]))
                 lengths[key].append(size)
                 at += size

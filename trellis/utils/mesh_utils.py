@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trellis.utils.io_utils import unreadable
 from trellis.utils.mesh_readers import MESH_SPACES, READERS, RawMesh, is_freesurfer_surface, read_freesurfer
 from trellis.utils.mesh_writers import WRITERS
 
@@ -91,7 +92,7 @@ def read_mesh(path: str | Path, *, mesh_space: str = "LPS") -> Mesh:
         # the format libraries raise whatever they trip over; a bad file is always the user's to fix
         words = str(error) or type(error).__name__
         reason = f"needs more memory than there is: {words}" if isinstance(error, MemoryError) else words
-        raise ValueError(f"{path}: not a readable {mesh_suffix(path) or 'FreeSurfer'} mesh: {reason}") from error
+        raise unreadable(f"{path}: not a readable {mesh_suffix(path) or 'FreeSurfer'} mesh", error, reason) from error
     if (raw.space or mesh_space) == "LPS":
         vertices = swap_lps_ras(vertices)
     return Mesh(vertices, faces, name=mesh_stem(path))
