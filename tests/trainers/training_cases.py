@@ -121,7 +121,7 @@ class Training:
 
     @property
     def output(self) -> str:
-        return self._output.read_text() if self._output.exists() else ""
+        return self._output.read_text(encoding="utf-8", errors="replace") if self._output.exists() else ""
 
     def wait(self, timeout: float = 120) -> int:
         """The exit code."""
