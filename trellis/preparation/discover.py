@@ -14,6 +14,8 @@ MESH, VOLUME = "mesh", "volume"
 MASKS_FOLDER = "segmentations"
 """A folder of this name holds one mask file per class, as TotalSegmentator writes it."""
 
+DETACHED_HEADERS = (".mhd", ".nhdr")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -73,7 +75,7 @@ def find_sources(
     sources, unmatched, others = [], [], 0
     for folder, files in _walk(root, Path(exclude) if exclude is not None else None):
         masks = mask_folders or folder.name.lower() == MASKS_FOLDER
-        found, rest = _sources_of_folder(folder, files, masks and folder != root)
+        found, rest = sources_of_folder(folder, files, masks=masks and folder != root)
         others += rest
         for path, kind, parts in found:
             relative = path.relative_to(root).as_posix()
@@ -117,10 +119,14 @@ def _walk(root: Path, exclude: Path | None) -> list[tuple[Path, list[Path]]]:
     return result
 
 
-def _sources_of_folder(
-    folder: Path, files: list[Path], masks: bool
+def sources_of_folder(
+    folder: Path, files: list[Path], *, masks: bool
 ) -> tuple[list[tuple[Path, str, list[Path]]], int]:
-    """(path, kind, files) of each source in a folder, and the number of other files."""
+    """(path, kind, files) of each source in a folder, and the number of other files.
+
+    Args:
+        files: those of the folder that count. masks: its volumes are one mask each, and together one source.
+    """
     from trellis.geometry.volume import is_volume_file
     from trellis.utils.mesh_utils import is_mesh_file
 
@@ -148,9 +154,19 @@ def _sources_of_folder(
 
 def _data_files(header: Path, files: list[Path]) -> list[Path]:
     """Files with the voxels of a header that stands alone (.mhd, .nhdr): those of its stem."""
-    if header.suffix.lower() not in (".mhd", ".nhdr"):
+    if header.suffix.lower() not in DETACHED_HEADERS:
         return []
     return [path for path in files if path.name.split(".")[0] == header.stem.split(".")[0]]
+
+
+def files_of_volume(path: Path) -> tuple[Path, ...]:
+    """A volume's file and, where it is only a header, the files beside it that hold its voxels."""
+    from trellis.geometry.volume import is_volume_file
+
+    if path.suffix.lower() not in DETACHED_HEADERS:
+        return (path,)
+    others = sorted(p for p in path.parent.iterdir() if p.is_file() and not p.name.startswith("."))
+    return (path, *_data_files(path, [p for p in others if not is_volume_file(p)]))
 
 
 def _is_dicom(path: Path) -> bool:

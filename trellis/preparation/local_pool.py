@@ -121,7 +121,7 @@ def _stop_worker(worker: _Worker) -> None:
 
 def _resident_bytes(pid: int) -> int:
     try:
-        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+        pages = Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]
     except (OSError, IndexError):
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -336,7 +336,7 @@ def _absent_labels(settings: PrepareSettings, source_keys: list[str], out: Path)
 def _lock(out: Path, *, exclusive: bool) -> Iterator[None]:
     """Hold OUT: one run at a time, or several ranks of one. A single run also removes what a killed one left half."""
     path = out / ".lock"
-    with open(path, "w") as stream:
+    with open(path, "w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:

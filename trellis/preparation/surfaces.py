@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,40 +71,76 @@ def surfaces_of_mesh(path: Path, label: str, settings: PrepareSettings) -> Surfa
     return result
 
 
+@dataclass(frozen=True)
+class VolumeShapes:
+    """The shapes of a volume by name, before any surface of theirs is made.
+
+    Attributes:
+        labels: of the shapes that are wanted. present: names of all labels, for messages.
+        picked: entries of the settings' labels that matched something here.
+        surfaces: makes the surfaces, all at once.
+    """
+
+    labels: tuple[str, ...]
+    present: tuple[str, ...]
+    picked: frozenset[str]
+    surfaces: Callable[[], Surfaces]
+
+
 def surfaces_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, str]) -> Surfaces:
-    """The surfaces of a label volume (or of an intensity volume, where the settings have a threshold).
+    """The surfaces of a volume; see `shapes_of_volume`."""
+    return shapes_of_volume(path, settings, names).surfaces()
+
+
+def shapes_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, str]) -> VolumeShapes:
+    """The shapes of a label volume (or of an intensity volume, where the settings have a threshold).
 
     Args:
         path: a file, a folder of masks or a folder of one DICOM series.
-        names: label value -> name; names that the file carries itself fill what is missing here.
+        names: label value -> name; names that the file carries itself fill what is missing here. Masks in a folder are
+            called as their files are: their values only count the files.
 
     Raises:
         ValueError: see `trellis.geometry.volume.read_label_layers` and `read_intensity`.
     """
-    from trellis.geometry.volume import label_surfaces, labels_of, read_label_layers
+    from trellis.geometry.volume import labels_of, read_label_layers
 
     if settings.threshold is not None:
-        return _threshold_surfaces(path, settings)
-    result = Surfaces()
+        label = (settings.threshold_label,)
+        return VolumeShapes(
+            label, label, frozenset(settings.labels or ()), partial(_threshold_surfaces, path, settings)
+        )
     layers = read_label_layers(path, spacing_mm=settings.spacing_mm)
     numbers = [number for layer in layers for number in labels_of(layer)]
-    known = {number: name for layer in layers for number, name in layer.names.items()} | dict(names)
+    own = {number: name for layer in layers for number, name in layer.names.items()}
+    known = {**names, **own} if path.is_dir() else {**own, **names}
     labels = names_of_labels(numbers, known, settings.labels)
+    picked: set[str] = set()
     for number, label in labels.items():
-        result.picked |= matches(settings.labels or (), {label, known.get(number, ""), str(number)})
-    result.notes = sorted({note for layer in layers for note in layer.notes})
+        picked |= matches(settings.labels or (), {label, known.get(number, ""), str(number)})
+    present = tuple(names_of_labels(numbers, known, None).values())
+    make = partial(_label_surfaces, layers, labels, frozenset(picked), settings.min_component_ml)
+    return VolumeShapes(tuple(labels.values()), present, frozenset(picked), make)
+
+
+def _label_surfaces(
+    layers: Sequence[LabelVolume], labels: Mapping[int, str], picked: frozenset[str], min_component_ml: float
+) -> Surfaces:
+    from trellis.geometry.volume import label_surfaces, labels_of
+
+    result = Surfaces(picked=set(picked), notes=sorted({note for layer in layers for note in layer.notes}))
     for layer in layers:
         here = [number for number in labels_of(layer) if number in labels]
-        if settings.min_component_ml:
-            layer, removed = without_small_components(layer, here, settings.min_component_ml)
+        if min_component_ml:
+            layer, removed = without_small_components(layer, here, min_component_ml)
             gone = [number for number in here if number not in labels_of(layer)]
             here = [number for number in here if number not in gone]
             for number, count in removed.items():
                 result.notes.append(
-                    f"label {labels[number]}: {count} components below {settings.min_component_ml:g} ml were removed"
+                    f"label {labels[number]}: {count} components below {min_component_ml:g} ml were removed"
                 )
             for number in gone:
-                error = ValueError(f"no component has at least {settings.min_component_ml:g} ml (min_component_ml)")
+                error = ValueError(f"no component has at least {min_component_ml:g} ml (min_component_ml)")
                 result.failures[labels[number]] = error
         for number, surface in (label_surfaces(layer, here) if here else {}).items():
             result.by_label[labels[number]] = surface
@@ -118,6 +155,46 @@ def _threshold_surfaces(path: Path, settings: PrepareSettings) -> Surfaces:
     result = Surfaces(notes=list(volume.notes), picked=set(settings.labels or ()))
     result.by_label[settings.threshold_label] = threshold_surface(volume.data, volume.affine, low, high)
     return result
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A closed surface, and what had to be done for that.
+
+    Attributes:
+        vertices: [V, 3] float64, RAS mm, not yet rounded as they are stored. faces: [F, 3] int64.
+        is_watertight: whether it was closed as it came. repairs: what was done, one sentence each.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    is_watertight: bool
+    repairs: list[str]
+
+    @property
+    def stored_vertices(self) -> np.ndarray:
+        """[V, 3] float64 as they come back from the truth mesh, which holds float32: distances are measured to it."""
+        return self.vertices.astype(np.float32).astype(np.float64)
+
+
+def closed_surface(
+    vertices: np.ndarray, faces: np.ndarray, *, from_mesh: bool, nested: str, max_hole_mm: float | None
+) -> Closed:
+    """Repair a surface where it needs that.
+
+    A label's surface knows its inside; it may touch itself along an edge, which a repair would take for a fault. So
+    only one that is open is repaired; a mesh always is looked at.
+
+    Raises:
+        ValueError: the surface is refused.
+    """
+    from trellis.utils.mesh_repair import clean_mesh
+    from trellis.utils.mesh_topology import closed_chain_problem
+
+    if not from_mesh and not closed_chain_problem(faces):
+        return Closed(vertices, faces, True, [])
+    vertices, faces, report = clean_mesh(vertices, faces, nested=nested, max_hole_mm=max_hole_mm)
+    return Closed(vertices, faces, bool(report.is_watertight), [str(action) for action in report.actions])
 
 
 def without_small_components(

@@ -19,10 +19,8 @@ from trellis.preparation.discover import MESH
 from trellis.preparation.frames import box_of
 from trellis.preparation.privacy import hide_quoted, label_without_patient, names_of, scrub, scrubbed_logs
 from trellis.preparation.settings import PrepareSettings
-from trellis.preparation.surfaces import Surfaces, names_of_labels, surfaces_of_mesh, surfaces_of_volume
+from trellis.preparation.surfaces import Surfaces, closed_surface, surfaces_of_mesh, surfaces_of_volume
 from trellis.utils.io_utils import save_sparse_sdf, sha256_of_file
-
-__all__ = ["SDFTask", "SourceTask", "compute_sdf", "failure", "names_of_labels", "read_source", "shape_id"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,16 +146,13 @@ def _write_truth(
 ) -> dict[str, Any]:
     """Clean a surface, write it, and return the facts of the shape."""
     from trellis.geometry.thickness import thin_thickness_mm
-    from trellis.utils.mesh_repair import clean_mesh
-    from trellis.utils.mesh_topology import closed_chain_problem
     from trellis.utils.mesh_utils import write_mesh
 
-    # A label's surface knows its inside. It may touch itself along an edge, which a repair would take for a fault.
-    is_watertight, repairs = True, []
-    if task.kind == MESH or closed_chain_problem(faces):
-        options = {"nested": task.settings.nested, "max_hole_mm": task.settings.max_hole_mm}
-        vertices, faces, report = clean_mesh(vertices, faces, **options)
-        is_watertight, repairs = bool(report.is_watertight), [str(action) for action in report.actions]
+    surface = closed_surface(
+        vertices, faces, from_mesh=task.kind == MESH, nested=task.settings.nested,
+        max_hole_mm=task.settings.max_hole_mm,
+    )  # fmt: skip
+    vertices, faces = surface.vertices, surface.faces
     path = records.truth_path(task.out, identity)
     write_mesh(path, vertices, faces, mesh_space="RAS")
     thickness = thin_thickness_mm(vertices, faces)
@@ -167,8 +162,8 @@ def _write_truth(
         "sha256": identity,
         "label": label,
         "num_faces": int(len(faces)),
-        "is_watertight": is_watertight,
-        "repairs": repairs,
+        "is_watertight": surface.is_watertight,
+        "repairs": surface.repairs,
         "volume_ml": volume_mm3 / 1000,
         "min_thickness_mm": thickness if np.isfinite(thickness) else None,
         "box_mm": box_of(vertices),

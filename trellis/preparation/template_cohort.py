@@ -343,7 +343,7 @@ def _read_record(path: Path, settings: CohortSettings) -> dict[str, SubjectRepor
     if not path.is_file():
         return {}
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         before = CohortSettings(**record["settings"])
         reports = {entry["name"]: SubjectReport(**entry) for entry in record["subjects"]}
     except (ValueError, KeyError, TypeError) as error:
