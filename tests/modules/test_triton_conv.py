@@ -10,7 +10,7 @@ from trellis.modules.sparse.conv import functional, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-SIZES = [([5, 0, 9], 3, 5), ([1], 1, 2), ([], 4, 4), ([27], 16, 33)]
+SIZES = [([2, 0, 3], 3, 5), ([1], 1, 2), ([], 4, 4), ([2], 16, 33)]
 GPU_SIZES = [([50, 0, 61], 32, 64), ([64], 64, 64), ([30, 33], 128, 512), ([1], 512, 128), ([], 64, 64), ([40], 24, 40)]
 TOLERANCE = {"ieee": 2e-6, "tf32": 2e-3, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of ||out - reference|| / ||reference||, inputs rounded to the dtype first: rounding of the output and of float32 sums
@@ -30,7 +30,7 @@ def relative(out, expected):
     assert out.shape == expected.shape
     assert torch.isfinite(out).all()
     scale = expected.double().norm()
-    return float((out.double().cpu() - expected.double().cpu()).norm() / scale) if scale > 0 else float(out.norm())
+    return float((out.double() - expected.double().to(out.device)).norm() / scale) if scale > 0 else float(out.norm())
 
 
 def compare(kernel, oracle, shapes, device, dtype, tolerance, scale=0.2):
@@ -38,28 +38,28 @@ def compare(kernel, oracle, shapes, device, dtype, tolerance, scale=0.2):
     generator = torch.Generator().manual_seed(1)
     start = [torch.randn(s, generator=generator) * (1 if i == 0 else scale) for i, s in enumerate(shapes)]
     fast = [t.to(device, dtype).requires_grad_() for t in start]
-    exact = [t.detach().cpu().double().requires_grad_() for t in fast]
+    exact = [t.detach().double().requires_grad_() for t in fast]
     out, expected = kernel(*fast), oracle(*exact)
     assert relative(out, expected) <= tolerance
     handed = torch.randn(out.shape, generator=generator).to(device, out.dtype)
     out.backward(handed)
-    expected.backward(handed.cpu().double())
+    expected.backward(handed.double())
     for a, b, shape in zip(fast, exact, shapes):
         assert relative(a.grad, b.grad) <= 2 * tolerance, f"gradient of the argument of shape {shape}"
 
 
-def run_all(blocks, c_in, c_out, device, dtype, tolerance):
-    pyramid = random_pyramid(blocks, seed=3)
+def run_all(blocks, c_in, c_out, device, dtype, tolerance, density=0.3):
+    pyramid = random_pyramid(blocks, density=density, seed=3)
     moved = move(pyramid, device)
     for level in (1, 2, 3):
-        grid, near = moved.grids[level], pyramid.grids[level].neighbours
+        grid, near = moved.grids[level], pyramid.grids[level].neighbours.to(device)
         compare(
             lambda x, w, b, g=grid: functional.submanifold_conv3d(x, w, b, g, backend="triton"),
             lambda x, w, b, n=near: reference.submanifold_conv3d(x, w, b, n),
             [(grid.num_rows, c_in), (27, c_in, c_out), (c_out,)], device, dtype, tolerance,
         )  # fmt: skip
     for side in (1, 2):
-        grid, near = moved.topology.dense_grid(side), pyramid.topology.dense_grid(side).neighbours
+        grid, near = moved.topology.dense_grid(side), pyramid.topology.dense_grid(side).neighbours.to(device)
         compare(
             lambda x, w, b, g=grid: functional.subdivide_conv3d(x, w, b, g, backend="triton"),
             lambda x, w, b, n=near: reference.subdivide_conv3d(x, w, b, n),
@@ -76,14 +76,14 @@ def run_all(blocks, c_in, c_out, device, dtype, tolerance):
 def test_kernels_interpreted(blocks, c_in, c_out):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a CUDA device")
-    run_all(blocks, c_in, c_out, "cpu", torch.float32, TOLERANCE["ieee"])
+    run_all(blocks, c_in, c_out, "cpu", torch.float32, TOLERANCE["ieee"], density=0.05)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_tables_equal_the_plain_ones(level):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a CUDA device")
-    check_tables(random_pyramid([9, 0, 30], density=0.05), "cpu", level)
+    check_tables(random_pyramid([2, 0, 5], extent=2, density=0.05), "cpu", level)
 
 
 def check_tables(pyramid, device, level):
@@ -123,3 +123,29 @@ def test_backend_that_cannot_run_is_refused(monkeypatch):
         functional.resolve_backend("triton", torch.device("cuda"), torch.float64)
     assert functional.resolve_backend("auto", torch.device("cuda"), torch.float64) == "cpu"
     assert functional.resolve_backend("auto", torch.device("cuda"), torch.float16) == "triton"
+
+
+@pytest.mark.gpu
+def test_addresses_past_31_bits(cuda_device):
+    """35 million rows of 64 channels: the last rows of the convolution and of its gradients against plain sums."""
+    from trellis.modules.sparse.levels import Topology
+
+    axis = torch.arange(41, device=cuda_device)
+    blocks = torch.cartesian_prod(axis, axis, axis)
+    grid = Topology(torch.cat([torch.zeros_like(blocks[:, :1]), blocks], 1), 1, 41).dense_grid(8)
+    assert grid.num_rows * 64 > 1 << 31
+    feats = torch.randn(grid.num_rows, 64, device=cuda_device, dtype=torch.float16).requires_grad_()
+    weight = (torch.randn(27, 64, 16, device=cuda_device) * 0.1).half().requires_grad_()
+    out = functional.submanifold_conv3d(feats, weight, None, grid, backend="triton")
+    handed = torch.zeros_like(out)
+    last = torch.arange(grid.num_rows - 300, grid.num_rows, device=cuda_device)
+    handed[last] = torch.randn(300, 16, device=cuda_device, dtype=torch.float16)
+    out.backward(handed)
+    near = grid.tap_table[:, last].t().long()
+    gathered = torch.where((near >= 0)[..., None], feats.detach()[near.clamp_min(0)].double(), 0.0)
+    expected = torch.einsum("ntc,tcd->nd", gathered, weight.detach().double())
+    assert relative(out[last], expected) < TOLERANCE[torch.float16]
+    assert relative(weight.grad, torch.einsum("ntc,nd->tcd", gathered, handed[last].double())) < 4e-3
+    handed_near = torch.where((near >= 0)[..., None], handed[near.clamp_min(0)].double(), 0.0)
+    expected = torch.einsum("ntd,tcd->nc", handed_near, weight.detach().double().flip(0))
+    assert relative(feats.grad[last], expected) < TOLERANCE[torch.float16]

@@ -72,7 +72,7 @@ class FusedBlock(torch.autograd.Function):
         """`parameters`: weight and bias of to_qkv, to_out, and the MLP's two Linears."""
         x = x.contiguous()
         rows, channels = x.shape
-        wq, bq, wo, bo, w1, b1, w2, b2 = (p.detach().to(x.dtype) for p in parameters)
+        wq, bq, wo, bo, w1, b1, w2, b2 = (p.to(x.dtype) for p in parameters)
         normed, *norm1 = _norm(x)
         by_window = normed.index_select(0, plan.order)
         qkv = torch.addmm(bq, by_window, wq.t()).view(rows, 3, heads, channels // heads)
@@ -93,7 +93,7 @@ class FusedBlock(torch.autograd.Function):
         x, mean1, rstd1, qkv, out, lse, state0, state1, middle, mean2, rstd2, hidden = saved[:12]
         parameters, plan = saved[12:], ctx.plan
         types = [p.dtype for p in parameters]
-        wq, _, wo, _, w1, _, w2, _ = (p.detach() if i % 2 else p.detach().to(x.dtype) for i, p in enumerate(parameters))
+        wq, _, wo, _, w1, _, w2, _ = (p if i % 2 else p.to(x.dtype) for i, p in enumerate(parameters))
         grad = grad.contiguous()
         handed, d_w2, d_b2 = _linear_backward(grad, F.gelu(hidden, approximate="tanh"), w2, (types[6], types[7]))
         handed = aten.gelu_backward(handed, hidden, approximate="tanh")

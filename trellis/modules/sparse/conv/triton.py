@@ -32,8 +32,7 @@ def conv_backward(
         # m = neighbours[n, k]  <=>  n = neighbours[m, 26 - k]
         grad_input = gather_gemm(grad, weight.transpose(1, 2).contiguous(), None, grid.tap_table, mirrored=True)
     if needs[1] or needs[2]:
-        sums, columns = gather_wgrad(feats, grad, grid.tap_table)
-        grad_weight, grad_bias = sums.to(weight.dtype), columns.to(weight.dtype)
+        grad_weight, grad_bias = gather_wgrad(feats, grad, grid.tap_table, dtype=weight.dtype)
     return grad_input, grad_weight, grad_bias
 
 
@@ -51,9 +50,8 @@ def subdivide_conv_backward(
     if needs[0]:
         grad_input = gather_gemm(grad, _transposed(collapsed), None, grid.tap_table, mode=PARENTS)
     if needs[1] or needs[2]:
-        sums, columns = gather_wgrad(feats, grad, grid.tap_table, mode=CHILDREN)
-        grad_weight = sums.view(collapsed.shape).to(collapsed.dtype)
-        grad_bias = columns.to(collapsed.dtype)
+        grad_weight, grad_bias = gather_wgrad(feats, grad, grid.tap_table, mode=CHILDREN, dtype=collapsed.dtype)
+        grad_weight = grad_weight.view(collapsed.shape)
     return grad_input, grad_weight, grad_bias
 
 

@@ -90,7 +90,7 @@ def scalar_backward_kernel(
         w = tl.load(weights + child * 8 * C_IN * C_OUT + offsets, mask=inside, other=0.0)
         acc = tl.zeros([8 * BK, BN], tl.float32)
     for tile in range(share, tiles, shares):
-        rows = tile.to(tl.int64) * BM + tl.arange(0, BM)
+        rows = tile * BM + tl.arange(0, BM).to(tl.int64)
         live = rows < count
         if FUSED:
             channels = tl.arange(0, BK)

@@ -21,9 +21,9 @@ PROGRAMS = 132 * 6
 """Programs that fill a large card a few times over."""
 
 
-@triton.jit(do_not_specialize=["count", "share", "first_child"])
+@triton.jit(do_not_specialize=["count", "share", "first_child", "width"])
 def gather_wgrad_kernel(
-    feats, grad, partial, column_sums, table, count, share, first_child,
+    feats, grad, partial, table, count, share, first_child, width,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
     SWAP: tl.constexpr,
@@ -67,7 +67,8 @@ def gather_wgrad_kernel(
     place = tl.arange(0, TPS * BM)
     of_tap, of_channel = tap + place // BM, first_channel + place % BM
     inside = ((of_channel < C_IN) & (of_tap < TAPS))[:, None] & (columns < C_OUT)[None, :]
-    target = partial + ((split * TAPS + of_tap) * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
+    base = partial + split * width
+    target = base + (of_tap * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
     if SWAP:
         acc = tl.trans(acc)
     tl.store(target, acc, mask=inside)
@@ -75,8 +76,8 @@ def gather_wgrad_kernel(
         of_child = 0
         if MODE == 1:
             of_child = tap // 8
-        row = split * (TAPS // 8 if MODE == 1 else 1) + of_child
-        tl.store(column_sums + row * C_OUT + columns, total, mask=columns < C_OUT)
+        target = base + (TAPS * C_IN + of_child) * C_OUT + columns
+        tl.store(target, total, mask=columns < C_OUT)
 
 
 def gather_wgrad(
@@ -89,21 +90,24 @@ def gather_wgrad(
     group: int = 8,
     tile: Tile | None = None,
     programs: int = PROGRAMS,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over rows r of feats[row(r, t)]^T grad[r], and the sums of grad over its rows.
 
     Args:
         feats: [N, in]; grad: [N, out], or [N * group, out] for CHILDREN; table: [27, N] int32.
-        first_child, group: the children that `grad` holds.
+        first_child, group: the children that `grad` holds. dtype: of the result, float32 when None.
 
     Returns:
-        float32 [27, in, out] ([8 * group, in, out] for CHILDREN) and [out].
+        [27, in, out] ([8 * group, in, out] for CHILDREN) and [out].
     """
     count = table.shape[1]
     c_in, c_out = feats.shape[1], grad.shape[1]
     taps = 27 if mode == PLAIN else 8 * group
+    dtype = dtype or torch.float32
     if count == 0:
-        return torch.zeros(taps, c_in, c_out, device=feats.device), torch.zeros(c_out, device=feats.device)
+        empty = {"dtype": dtype, "device": feats.device}
+        return torch.zeros(taps, c_in, c_out, **empty), torch.zeros(c_out, **empty)
     tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype)
     width = triton.cdiv(taps, tile.taps) * triton.cdiv(c_in, tile.rows) * triton.cdiv(c_out, tile.columns)
     splits = min(
@@ -113,12 +117,15 @@ def gather_wgrad(
     )
     share = triton.cdiv(triton.cdiv(count, splits), tile.depth) * tile.depth
     splits = triton.cdiv(count, share)
-    partial = torch.empty(splits, taps, c_in, c_out, dtype=torch.float32, device=feats.device)
-    columns = torch.empty(splits * (group if mode == CHILDREN else 1), c_out, dtype=torch.float32, device=feats.device)
+    children = group if mode == CHILDREN else 1
+    size = taps * c_in * c_out
+    partial = torch.empty(splits, size + children * c_out, dtype=torch.float32, device=feats.device)
     gather_wgrad_kernel[(width, splits)](
-        feats, grad, partial, columns, table, count, share, first_child,
+        feats, grad, partial, table, count, share, first_child, partial.shape[1],
         C_IN=c_in, C_OUT=c_out, TAPS=taps, MODE=CHILDREN if mode == CHILDREN else PLAIN, GROUP=group,
         PRECISION=dot_precision(feats.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps,
         SWAP=tile.swap, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return partial[0] if splits == 1 else partial.sum(0), columns.sum(0)
+    total = (partial[0] if splits == 1 else partial.sum(0)).to(dtype)
+    columns = total[size:] if children == 1 else total[size:].view(children, c_out).sum(0)
+    return total[:size].view(taps, c_in, c_out), columns

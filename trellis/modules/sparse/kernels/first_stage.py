@@ -13,7 +13,7 @@ from trellis.modules.sparse.levels import Grid
 BLOCKS = 8
 """Blocks of 512 values that a program of the statistics reads."""
 TILE_ROWS = 512
-STEP_ELEMENTS = 4096
+STEP_ELEMENTS = 1024
 
 
 @triton.jit(do_not_specialize=["blocks"])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, CODES = 64, 64
+ROWS, CODES, WARPS = 64, 64, 4
 
 
 @triton.jit(do_not_specialize=["count", "codes"])
@@ -43,6 +43,6 @@ def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
         half_norm = 0.5 * codebook.square().sum(1)
         nearest_kernel[(triton.cdiv(count, ROWS),)](
             rows.contiguous(), codebook.contiguous(), half_norm, out, count, codebook.shape[0],
-            L=width, BL=max(16, triton.next_power_of_2(width)), BM=ROWS, BK=CODES,
+            L=width, BL=max(16, triton.next_power_of_2(width)), BM=ROWS, BK=CODES, num_warps=WARPS,
         )  # fmt: skip
     return out

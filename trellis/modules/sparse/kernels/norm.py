@@ -18,8 +18,8 @@ from trellis.modules.sparse.levels import Grid
 
 TILE_ROWS, POOLED_ROWS = 512, 128
 """Rows of a tile of one sample, plain and with 8 children each: a tile leaves one row of partial sums."""
-STEP_ELEMENTS = 8192
-"""Elements that a program holds at a time."""
+STEP_ELEMENTS = 2048
+"""Elements that a program holds at a time: more costs registers, and with them the programs that hide latency."""
 
 
 @triton.jit
