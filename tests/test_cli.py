@@ -98,6 +98,11 @@ def test_help(command):
         (["inspect", "/no/such/file.stl"], "no such file"),
         (["prepare", "/no/such/folder", "-o", "/tmp/none"], "must be a folder"),
         (["prepare", "/no/such/folder", "-o", "/tmp/none", "--resolutions", "64,big"], "whole numbers"),
+        (["prepare", "/no/such/folder"], "-o/--out"),
+        (["prepare", "/no/such/folder", "-o", "/tmp/none", "--frame", "ball"], "fixed-mm:SIZE"),
+        (["prepare", "/no/such/folder", "-o", "/tmp/none", "--threshold", "-5:-9"], "LOW < HIGH"),
+        (["prepare", "/no/such/folder", "-o", "/tmp/none", "--spacing-mm", "1", "0", "1"], "above 0"),
+        (["prepare", "/no/such/folder", "-o", "/tmp/none", "--no-such-option"], "--no-such-option"),
         (["decode", "x", "y", "-o", "z", "--like", "a.nii", "--spacing-mm", "1"], "exclude each other"),
     ],
 )
@@ -109,6 +114,91 @@ def test_wrong_usage_exits_2_with_one_line(arguments, words):
 
 def test_debug_shows_the_error_itself():
     assert isinstance(run("inspect", "/no/such/file.stl", "--debug").exception, ValueError)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_prepare_with_tables_frames_and_given_splits(tmp_path):
+    for i, patient in enumerate("abc"):
+        (tmp_path / "root" / patient).mkdir(parents=True)
+        labels = np.zeros((16, 14, 12), dtype=np.uint8)
+        labels[3 : 8 + i, 3:9, 3:9], labels[8 + i : 13, 3:9, 3:7] = 2, 7
+        np.savez(tmp_path / "root" / patient / "seg.npz", volume=labels, spacing_mm=[1.0, 1.0, 2.0])
+    (tmp_path / "names.txt").write_text("2 liver\n7 spleen\n")
+    splits = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"], "test": ["c"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(splits))
+    out = tmp_path / "out"
+    result = run(
+        "prepare", "--resolutions", "32", tmp_path / "root", "-o", out, "--workers", 0, "--label-names",
+        tmp_path / "names.txt", "--frame", "patient", "--splits-file", tmp_path / "splits_final.json", "--fold", 1,
+        "--keep-patient-ids", "--labels", "liver,7", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = rows_of(out / "metadata.csv")
+    assert {row["label"] for row in rows} == {"liver", "spleen"} and {row["frame"] for row in rows} == {"patient"}
+    assert {row["patient_id"]: row["split"] for row in rows} == {"a": "val", "b": "train", "c": "test"}
+    assert len(rows) == 6
+
+
+def test_prepare_of_intensities(tmp_path):
+    folder = tmp_path / "root" / "p"
+    folder.mkdir(parents=True)
+    data = np.full((16, 14, 12), -1000, dtype=np.int16)
+    data[3:12, 3:11, 3:9] = -150
+    np.save(folder / "ct.npy", data)
+    out = tmp_path / "out"
+    result = run(
+        "prepare", tmp_path / "root", "-o", out, "--resolutions", "32", "--workers", 0, "--threshold", "-200:300",
+        "--threshold-label", "fat", "--spacing-mm", 1, 1, 2, "--frame", "fixed-mm:40", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (row,) = rows_of(out / "metadata.csv")
+    assert row["label"] == "fat" and row["frame"] == "fixed-mm:40"
+    beyond = 2 * 50 / 850  # the surface lies where -200 is met between -150 and -1000
+    box_ml = (8 + beyond) * (7 + beyond) * (5 + beyond) * 2 / 1000
+    assert float(row["volume_ml"]) == pytest.approx(box_ml, rel=0.01)
+    refused = run("prepare", tmp_path / "root", "-o", out, "--resolutions", "32", "--workers", 0, "--quiet")
+    assert refused.exit_code == 1, "intensities without a threshold are a failure of its own"
+    assert "whole numbers" in rows_of(out / "errors.csv")[0]["reason"]
+
+
+def test_the_toolkit_and_the_command_have_the_same_options():
+    from dataset_toolkits.compute_sparse_sdf import build_parser
+    from trellis.preparation.options import prepare_parser
+
+    def options(parser):
+        return {action.dest: (action.option_strings, action.default) for action in parser._actions}
+
+    ours, toolkit = options(prepare_parser("x", "", out_option=True, lists="commas")), options(build_parser())
+    assert ours.pop("out")[0] == ["-o", "--out"] and toolkit.pop("out")[0] == []
+    assert ours == toolkit
+    import inspect
+
+    from trellis.preparation.prepare import prepare_dataset
+
+    known = set(inspect.signature(prepare_dataset).parameters) - {"split_fractions"}
+    assert set(ours) - {"help"} == known - {"out"}, "whatever can be prepared can be asked for"
+
+
+def test_encode_takes_the_options_of_volumes(model_folder, tmp_path):
+    data = np.full((16, 14, 12), -1000, dtype=np.int16)
+    data[3:12, 3:11, 3:9] = -150
+    np.save(tmp_path / "ct.npy", data)
+    out = tmp_path / "tokens"
+    result = run(
+        "encode", model_folder, tmp_path / "ct.npy", "-o", out, "--device", "cpu", "--threshold", "-200:300",
+        "--threshold-label", "fat", "--spacing-mm", 1, 1, 2, "--frame", "fixed-mm:40",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (path,) = out.iterdir()
+    tokens = load_tokens(path)
+    assert (tokens.label, tokens.frame, tokens.to_world[0, 0]) == ("fat", "fixed-mm:40", 40)
+    assert "frame: fixed-mm:40" in run("inspect", path).output
+    refused = run("encode", model_folder, tmp_path / "ct.npy", "-o", out, "--frame", "patient")
+    assert refused.exit_code == 2 and "prepare them" in refused.output
 
 
 def test_encode_decode_of_a_mesh(model_folder, mesh_file, tmp_path):

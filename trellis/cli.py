@@ -81,7 +81,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 Resolution = Annotated[int | None, typer.Option(help="voxels per side; default: what the model was trained at")]
 MaxHole = Annotated[float | None, typer.Option("--max-hole-mm", help="widest hole of a surface that is closed")]
 NestedOption = Annotated[Nested, typer.Option("--nested", help="what a closed surface inside another means")]
-
 Labels = Annotated[str | None, typer.Option(help="label numbers or names to take, with commas between")]
 
 Command = TypeVar("Command", bound=Callable[..., int])
@@ -140,14 +139,6 @@ def split_list(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers of a comma-separated option."""
-    parts = split_list(text) or ()
-    if not parts or not all(part.isdigit() for part in parts):
-        raise ValueError(f"{option} must be whole numbers with commas between, got {text!r}")
-    return tuple(int(part) for part in parts)
-
-
 @contextmanager
 def progress_on_stderr(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as the callback(done, total) that the library's batches take."""
@@ -160,51 +151,39 @@ def progress_on_stderr(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-@app.command(epilog="Example: trellis-vqvae prepare patients/ -o data/ --resolutions 64,512 --labels liver,spleen")
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Context of a command whose options another parser reads."""
+
+PREPARE_EXAMPLES = """\
+example: trellis-vqvae prepare patients/ -o data/ --resolutions 64,512 --labels liver,spleen
+example: trellis-vqvae prepare ct/ -o bones/ --threshold 300 --threshold-label bone --frame fixed-mm:500"""
+
+
+@app.command(context_settings=PASSED_ON)
+def prepare(context: typer.Context) -> None:
+    """Meshes and label volumes to a prepared dataset (--help lists the options)."""
+    from trellis.preparation.options import parse_prepare, prepare_parser
+
+    parser = prepare_parser("trellis-vqvae prepare", PREPARE_EXAMPLES, out_option=True, lists="commas")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and more log lines")
+    run_prepare(**parse_prepare(parser, context.args))
+
+
 @edge
-def prepare(
-    data_root: Annotated[Path, typer.Argument(metavar="DATA_ROOT", help="searched; its first folders are patients")],
-    out: Out,
-    resolutions: Annotated[str, typer.Option(help="voxels per side, with commas between")] = "64,512,1024",
-    workers: Annotated[int | None, typer.Option(help="processes; default: one a core; 0: in this process")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="tcp://HOST:PORT of a Dask scheduler instead")] = None,
-    mesh_space: MeshSpace = Space.LPS,
-    labels: Labels = None,
-    max_hole_mm: MaxHole = None,
-    nested: NestedOption = Nested.cavity,
-    band_voxels: Annotated[int, typer.Option("--band-voxels", help="half-width of the stored band")] = 4,
-    patient_regex: Annotated[str | None, typer.Option(help="finds the patient in a relative path")] = None,
-    keep_patient_ids: Annotated[bool, typer.Option("--keep-patient-ids", help="no pseudonyms")] = False,
-    keep_source_paths: Annotated[bool, typer.Option("--keep-source-paths", help="record relative paths")] = False,
-    key_file: Annotated[Path | None, typer.Option(help="secret of the pseudonyms; default: OUT/.patient_key")] = None,
-    seed: Annotated[int, typer.Option(help="of the split")] = 0,
-    schema: Annotated[int, typer.Option(help="of the npz files, 2 or 1")] = 2,
-    rank: Annotated[int, typer.Option(help="this job of a job array")] = 0,
-    world_size: Annotated[int, typer.Option("--world-size", "--world_size", help="jobs of the job array")] = 1,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try again what failed for good")] = False,
-    prune_stale: Annotated[bool, typer.Option("--prune-stale", help="remove files of what is gone")] = False,
-    device: Annotated[str, typer.Option(help="where distances are computed: cpu or cuda")] = "cpu",
-    debug: Debug = False,
-) -> int:
-    """Meshes and label volumes to a prepared dataset: truth meshes, sparse TSDFs, metadata.csv with a split."""
+def run_prepare(*, data_root: str, out: str, debug: bool, **options: Any) -> int:
+    """What `prepare` does, with arguments that are parsed already."""
     from trellis.preparation.prepare import prepare_dataset
     from trellis.preparation.report import describe_summary
 
-    summary = prepare_dataset(
-        data_root, out, resolutions=whole_numbers("--resolutions", resolutions), workers=workers, scheduler=scheduler,
-        mesh_space=mesh_space.value, patient_regex=patient_regex, keep_patient_ids=keep_patient_ids,
-        keep_source_paths=keep_source_paths, key_file=key_file, seed=seed, labels=split_list(labels),
-        max_hole_mm=max_hole_mm, nested=nested.value, band_voxels=band_voxels, schema=schema, device=device, rank=rank,
-        world_size=world_size, retry_failed=retry_failed, prune_stale=prune_stale,
-    )  # fmt: skip
+    summary = prepare_dataset(data_root, out, **options)
     print(describe_summary(summary))
-    if world_size > 1:
-        print(f"after all {world_size} ranks: python -m dataset_toolkits.build_metadata {out}")
+    if options["world_size"] > 1:
+        print(f"after all {options['world_size']} ranks: python -m dataset_toolkits.build_metadata {out}")
     return summary.exit_code
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings=PASSED_ON,
     epilog="Example: trellis-vqvae train --config config.json --data_dir data/ --output_dir run/",
 )
 def train(context: typer.Context) -> None:
@@ -223,6 +202,13 @@ def encode(
     resolution: Resolution = None,
     split: Annotated[Split, typer.Option(help="of prepared folders")] = Split.all,
     labels: Labels = None,
+    label_names: Annotated[Path | None, typer.Option(help="table of label names; else one beside a volume")] = None,
+    mask_folders: Annotated[bool, typer.Option("--mask-folders", help="a folder is one mask file per class")] = False,
+    spacing_mm: Annotated[tuple[float, float, float] | None, typer.Option(help="of volumes that have none")] = None,
+    threshold: Annotated[str | None, typer.Option(metavar="LOW[:HIGH]", help="volumes are intensities")] = None,
+    threshold_label: Annotated[str, typer.Option(help="label of that shape")] = "threshold",
+    min_component_ml: Annotated[float, typer.Option(help="remove smaller parts of labels")] = 0.0,
+    frame: Annotated[str, typer.Option(help="cube: shape or fixed-mm:SIZE, as the model was trained with")] = "shape",
     name: Annotated[str | None, typer.Option(help="label of the meshes given; default: their file's stem")] = None,
     mesh_space: MeshSpace = Space.LPS,
     max_hole_mm: MaxHole = None,
@@ -239,8 +225,9 @@ def encode(
     tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
     options = InputOptions(
         resolution=resolution or tokenizer.resolution, split=split.value, mesh_space=mesh_space.value,
-        labels=split_list(labels), label=name, max_hole_mm=max_hole_mm, nested=nested.value,
-        device=tokenizer.device.type,
+        labels=split_list(labels), label=name, label_names=label_names, mask_folders=mask_folders,
+        max_hole_mm=max_hole_mm, nested=nested.value, spacing_mm=spacing_mm, threshold=threshold,
+        threshold_label=threshold_label, min_component_ml=min_component_ml, frame=frame, device=tokenizer.device.type,
     )  # fmt: skip
     with progress_on_stderr("encoding") as progress:
         outcome = encode_many(

@@ -30,6 +30,8 @@ def some_tokens(depth: int | None = None) -> Tokens:
         quantizer="vq",
         codebook_size=100,
         model_hash="ab" * 32,
+        frame="fixed-mm:250",
+        prep_hash="0123456789abcdef",
     )
 
 
@@ -56,6 +58,7 @@ def test_file_is_as_documented(tmp_path):
         assert file.metadata() == {
             "format_version": "1", "resolution": "64", "band_voxels": "4", "label": "left caudate, Größe 2",
             "sha256": "0f" * 32, "quantizer": "vq", "codebook_size": "100", "model_hash": "ab" * 32,
+            "frame": "fixed-mm:250", "prep_hash": "0123456789abcdef",
         }  # fmt: skip
 
 
@@ -72,6 +75,7 @@ def test_file_is_as_documented(tmp_path):
         ({"to_world": np.diag([1.0, 2.0, 1.0, 1.0])}, "uniform"),
         ({"resolution": 60}, "resolution"),
         ({"band_voxels": 0}, "band_voxels"),
+        ({"frame": "cube"}, "frame must be"),
     ],
 )
 def test_values_out_of_range(change, words):

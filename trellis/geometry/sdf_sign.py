@@ -310,8 +310,10 @@ def _scan(counts: wp.array) -> int:
 
 def _sorted(keys: wp.array, n: int) -> wp.array:
     """The first n keys in order (NumPy's vectorised sort on the CPU, a radix sort on CUDA)."""
+    if not n:  # a shape between the lines of voxels' centres; an empty slice is an error in Warp
+        return keys
     if keys.device.is_cpu:
         keys[:n].numpy().sort()
-    elif n:
+    else:
         wp.utils.radix_sort_pairs(keys, wp.zeros(2 * n, dtype=wp.int32, device=keys.device), n)
     return keys[:n]

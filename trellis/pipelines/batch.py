@@ -21,6 +21,7 @@ from trellis.pipelines.label_volume import (
 from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
 from trellis.pipelines.token_files import TOKEN_SUFFIX, Tokens, load_tokens, save_tokens
 from trellis.pipelines.tokenizer import SparseSDFTokenizer
+from trellis.preparation.privacy import scrub
 from trellis.utils.io_utils import atomic_write, sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ def encode_many(
 ) -> Outcome:
     """Write `{sha256}_r{R}.safetensors` below `out` for every shape of the inputs.
 
-    A token file that is there, whole and of this model is kept. A shape that fails is recorded in the outcome and in
-    errors.csv, and the rest goes on.
+    A token file that is there, whole, of this model and made with these settings is kept. A shape that fails is
+    recorded in the outcome and in errors.csv, and the rest goes on.
 
     Args:
         progress: called after each source. written: called after each file.
@@ -128,6 +129,8 @@ def _is_done(path: Path, shape: ShapeInput, tokenizer: SparseSDFTokenizer) -> bo
     try:
         tokens = load_tokens(path)
     except ValueError:
+        return False
+    if shape.prep_hash is not None and shape.prep_hash != tokens.prep_hash:
         return False
     return (tokens.model_hash, tokens.sha256, tokens.resolution) == (
         tokenizer.model_hash, shape.sha256, shape.resolution,
@@ -290,12 +293,18 @@ def write_errors(out: Path, failures: Sequence[Failure]) -> None:
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(["id", "stage", "reason"])
-    rows.writerows([f.id, f.stage, f.reason.replace(f.source, "<source>")] for f in failures)
+    rows.writerows([f.id, f.stage, _without_names(f)] for f in failures)
     try:
         with atomic_write(path) as stream:
             stream.write(text.getvalue().encode())
     except OSError as error:  # a full disk: the failures themselves still have to reach the user
         logger.warning("%s could not be written: %s", path, error)
+
+
+def _without_names(failure: Failure) -> str:
+    """The reason without the source's path, nor those of files in it where it is a folder of slices or masks."""
+    reason, path = failure.reason.replace(failure.source, "<source>"), Path(failure.source)
+    return scrub(reason, [p.name for p in path.iterdir()]) if path.is_dir() else reason
 
 
 def one_line(error: BaseException) -> str:

@@ -1,20 +1,25 @@
-"""What a user hands to `encode`: meshes, label volumes, prepared files and prepared folders, as shapes one by one."""
+"""What a user hands to `encode`: meshes, volumes, prepared files and prepared folders, as shapes one by one."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from trellis.preparation.settings import PrepareSettings
 from trellis.utils.blocks import BAND_VOXELS, SparseSDFBlocks, check_resolution
 from trellis.utils.io_utils import load_sparse_sdf, sha256_of_file
 
-MeshArrays = tuple[np.ndarray, np.ndarray]
+logger = logging.getLogger(__name__)
+
 _PREPARED_NAME = re.compile(r"([0-9A-Za-z_-]{1,128})_r(\d+)")
 _PREPARED_FIELDS = {"block_index", "sparse_index", "sparse_sdf/sparse_index"}
 
@@ -26,11 +31,13 @@ class InputOptions:
     Attributes:
         resolution: of meshes and volumes, and of the files taken from a prepared folder.
         split: of prepared folders, "train", "val", "test" or "all".
-        mesh_space: "LPS" or "RAS", the space of mesh files that do not say.
-        labels: label values or names of volumes that are taken; None: all.
         label: name of a mesh's structure; None: the file's stem.
-        max_hole_mm, nested: see `trellis.utils.mesh_repair.clean_mesh`.
-        device: where distances are computed, "cpu" or "cuda".
+        label_names: a table of label names for all volumes; None: one beside a volume (of the same name, or a
+            dataset.json in its folder or the one above), as the preparation finds it.
+        mask_folders: a folder of volumes is one mask file per class; otherwise only one called "segmentations" is.
+        mesh_space, labels, max_hole_mm, nested, spacing_mm, threshold, threshold_label, min_component_ml, device: see
+            `PrepareSettings`; labels are those of volumes, a mesh that is given is always taken.
+        frame: "shape" or "fixed-mm:SIZE". A patient's frame needs all shapes of the patient: prepare them first.
     """
 
     resolution: int | None = None
@@ -38,19 +45,42 @@ class InputOptions:
     mesh_space: str = "LPS"
     labels: tuple[str, ...] | None = None
     label: str | None = None
+    label_names: str | Path | None = None
+    mask_folders: bool = False
     max_hole_mm: float | None = None
     nested: str = "cavity"
+    spacing_mm: tuple[float, float, float] | None = None
+    threshold: str | None = None
+    threshold_label: str = "threshold"
+    min_component_ml: float = 0.0
+    frame: str = "shape"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        from trellis.preparation.frames import PATIENT
+
         if self.resolution is not None:
             check_resolution(self.resolution)
+        if self.frame == PATIENT:
+            raise ValueError(
+                "frame patient needs all shapes of a patient: prepare them with --frame patient and encode the "
+                "prepared folder"
+            )
+        self.settings()
 
     def required_resolution(self) -> int:
         """The resolution; ValueError when none is known."""
         if self.resolution is None:
             raise ValueError("resolution must be given: this model does not say which one it was trained at")
         return self.resolution
+
+    def settings(self) -> PrepareSettings:
+        """The same as settings of a preparation, so that both make the same shapes; ValueError for a bad option."""
+        return PrepareSettings(
+            mesh_space=self.mesh_space, max_hole_mm=self.max_hole_mm, nested=self.nested, labels=self.labels,
+            spacing_mm=self.spacing_mm, threshold=self.threshold, threshold_label=self.threshold_label,
+            min_component_ml=self.min_component_ml, frame=self.frame, device=self.device,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,7 @@ class ShapeInput:
     Attributes:
         source: the input that it comes from, for messages; sha256, label: its identity; resolution: voxels per side.
         load: reads or computes its blocks; ValueError where that cannot be done.
+        prep_hash: of the settings that it is made with; None where only its file says.
     """
 
     source: str
@@ -67,6 +98,7 @@ class ShapeInput:
     label: str
     resolution: int
     load: Callable[[], SparseSDFBlocks]
+    prep_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,50 +113,57 @@ def sources_of(paths: Sequence[str | Path], options: InputOptions) -> list[Sourc
     """The sources of some inputs, in order; prepared folders are listed right away, files are not yet read.
 
     Raises:
-        ValueError: a path that is not there or of no known kind, or a prepared folder without such a split.
+        ValueError: a path that is not there or of no known kind, a prepared folder without such a split, or a table of
+            label names that cannot be read.
     """
+    names = None
+    if options.label_names is not None:
+        from trellis.geometry.label_names import read_label_names
+
+        names = read_label_names(options.label_names)
     sources: list[Source] = []
-    for path in [found for given in paths for found in _files_of(Path(given))]:
+    for path in map(Path, paths):
         if path.is_dir():
-            sources += [Source(s.source, partial(iter, (s,))) for s in _prepared_folder(path, options)]
+            sources += _sources_of_folder(path, options, names)
         else:
-            sources.append(_source_of_file(path, options))
+            sources.append(_source_of_file(path, options, names))
     return sources
 
 
-def _files_of(path: Path) -> list[Path]:
-    """The path itself; of a folder that is not a prepared one, the shapes that lie in it."""
-    prepared = path / "metadata.csv", path / "sparse_sdf"
-    if not path.is_dir() or any(p.exists() for p in prepared) or any(path.glob("*_r[0-9]*.npz")):
-        return [path]
-    found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _kind(p))
-    if not found:
+def _sources_of_folder(path: Path, options: InputOptions, names: Mapping[int, str] | None) -> list[Source]:
+    """The shapes of a prepared folder; of another one the shapes that lie in it, or the one volume that it is."""
+    from trellis.preparation.discover import MASKS_FOLDER, VOLUME, sources_of_folder
+
+    markers = path / "metadata.csv", path / "sparse_sdf"
+    if any(p.exists() for p in markers) or any(path.glob("*_r[0-9]*.npz")):
+        return [Source(s.source, partial(iter, (s,))) for s in _prepared_folder(path, options)]
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    prepared = [p for p in files if is_prepared_file(p)]
+    masks = options.mask_folders or path.name.lower() == MASKS_FOLDER
+    found, _ = sources_of_folder(path, [p for p in files if p not in prepared], masks=masks)
+    sources = [Source(str(p), partial(_prepared_file, p)) for p in prepared]
+    for inner, kind, parts in found:
+        read = partial(_volume, inner, parts, options, names) if kind == VOLUME else partial(_mesh, inner, options)
+        sources.append(Source(str(inner), read))
+    if not sources:
         raise ValueError(f"{path}: neither a prepared folder (metadata.csv) nor one with meshes or volumes in it")
-    return found
+    return sorted(sources, key=lambda source: source.name)
 
 
-def _kind(path: Path) -> str:
-    """ "prepared", "volume" or "mesh"; empty for a file of no such kind."""
+def _source_of_file(path: Path, options: InputOptions, names: Mapping[int, str] | None) -> Source:
     from trellis.geometry.volume import is_volume_file
+    from trellis.preparation.discover import files_of_volume
     from trellis.utils.mesh_utils import is_mesh_file
 
-    if is_prepared_file(path):
-        return "prepared"
-    return "volume" if is_volume_file(path) else "mesh" if is_mesh_file(path) else ""
-
-
-def _source_of_file(path: Path, options: InputOptions) -> Source:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    readers = {
-        "prepared": partial(_prepared_file, path),
-        "volume": partial(_volume, path, options),
-        "mesh": partial(_mesh, path, options),
-    }
-    kind = _kind(path)
-    if not kind:
-        raise ValueError(f"{path}: neither a mesh, nor a label volume, nor a prepared .npz")
-    return Source(str(path), readers[kind])
+    if is_prepared_file(path):
+        return Source(str(path), partial(_prepared_file, path))
+    if is_volume_file(path):
+        return Source(str(path), partial(_volume, path, files_of_volume(path), options, names))
+    if is_mesh_file(path):
+        return Source(str(path), partial(_mesh, path, options))
+    raise ValueError(f"{path}: neither a mesh, nor a label volume, nor a prepared .npz")
 
 
 def is_prepared_file(path: Path) -> bool:
@@ -140,24 +179,30 @@ def is_prepared_file(path: Path) -> bool:
 
 
 def blocks_of_mesh(
-    vertices: np.ndarray, faces: np.ndarray, options: InputOptions, *, clean: bool = True
+    vertices: np.ndarray, faces: np.ndarray, options: InputOptions, *, from_mesh: bool = True
 ) -> SparseSDFBlocks:
-    """The sparse SDF of a surface in RAS mm.
+    """The sparse SDF of a surface in RAS mm, as the preparation makes it.
 
     Args:
-        clean: repair the surface first. A label's surface needs none: it knows its inside, and may touch itself along
-            an edge, which a repair would take for a fault.
+        from_mesh: False for a label's surface, see `trellis.preparation.surfaces.closed_surface`.
 
     Raises:
-        ValueError: a surface that cannot be repaired, or no resolution.
+        ValueError: a surface that cannot be repaired or does not fit its frame, or no resolution.
     """
     from trellis.geometry.sdf import mesh_to_sparse_sdf
-    from trellis.utils.mesh_repair import clean_mesh
+    from trellis.preparation.frames import box_of, cube_of, parse_frame
+    from trellis.preparation.surfaces import closed_surface
 
     resolution = options.required_resolution()
-    if clean:
-        vertices, faces, _ = clean_mesh(vertices, faces, max_hole_mm=options.max_hole_mm, nested=options.nested)
-    return mesh_to_sparse_sdf(vertices, faces, resolution, band_voxels=BAND_VOXELS, device=options.device)
+    surface = closed_surface(
+        vertices, faces, from_mesh=from_mesh, nested=options.nested, max_hole_mm=options.max_hole_mm
+    )
+    cube = cube_of(parse_frame(options.frame), box_of(surface.vertices), ())
+    blocks = mesh_to_sparse_sdf(
+        surface.stored_vertices, surface.faces, resolution, band_voxels=BAND_VOXELS, device=options.device,
+        to_world=cube,
+    )  # fmt: skip
+    return dataclasses.replace(blocks, frame=options.frame, prep_hash=options.settings().prep_hash)
 
 
 def identity_of_prepared(path: Path) -> str:
@@ -181,7 +226,7 @@ def _prepared_file(path: Path) -> Iterator[ShapeInput]:
 
 def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
     from trellis.preparation.tasks import shape_id
-    from trellis.utils.mesh_utils import read_mesh
+    from trellis.utils.mesh_utils import mesh_stem, read_mesh
 
     def load() -> SparseSDFBlocks:
         mesh = read_mesh(path, mesh_space=options.mesh_space)
@@ -190,31 +235,44 @@ def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    label = options.label if options.label is not None else path.name.split(".")[0]
+    label = options.label if options.label is not None else mesh_stem(path)
     identity = shape_id(sha256_of_file(path), label)
-    yield ShapeInput(str(path), identity, label, options.required_resolution(), load)
+    yield ShapeInput(str(path), identity, label, options.required_resolution(), load, options.settings().prep_hash)
 
 
-def _volume(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
-    from trellis.geometry.volume import label_surfaces, labels_of, read_volume
-    from trellis.preparation.tasks import names_of_labels, shape_id
+def _volume(
+    path: Path, files: Sequence[Path], options: InputOptions, names: Mapping[int, str] | None
+) -> Iterator[ShapeInput]:
+    from trellis.geometry.label_names import read_label_names
+    from trellis.preparation.surfaces import Surfaces, find_table, shapes_of_volume
+    from trellis.preparation.tasks import content_hash, shape_id
 
-    volume = read_volume(path)
-    content = sha256_of_file(path)
-    named = names_of_labels(labels_of(volume), volume.names, options.labels)
-    if not named:
-        present = list(names_of_labels(labels_of(volume), volume.names, None).values())
-        raise ValueError(f"{path}: holds none of the labels {list(options.labels or ())}; it has {present[:20]}")
-    surfaces: dict[int, MeshArrays] = {}
+    resolution = options.required_resolution()
+    if names is None:
+        whole = Path(os.path.abspath(path))
+        table = find_table(whole, whole.parent.parent)
+        names = read_label_names(table) if table is not None else {}
+    shapes = shapes_of_volume(path, options.settings(), names)
+    if not shapes.labels:
+        wanted, present = list(options.labels or ()), list(shapes.present[:20])
+        raise ValueError(f"{path}: holds none of the labels {wanted}; it has {present}")
+    content = content_hash(files)
+    made: list[Surfaces] = []
 
-    def load(number: int) -> SparseSDFBlocks:
-        if not surfaces:  # all labels at once, and only when one of them is not done yet
-            surfaces.update(label_surfaces(volume, list(named)))
+    def load(label: str) -> SparseSDFBlocks:
+        if not made:  # all labels at once, and only when one of them is not done yet
+            made.append(shapes.surfaces())
+            for note in made[0].notes:
+                logger.warning("%s: %s", path, note)
         try:
-            return blocks_of_mesh(*surfaces.pop(number), options, clean=False)
+            if label in made[0].failures:
+                raise made[0].failures[label]
+            return blocks_of_mesh(*made[0].by_label.pop(label), options, from_mesh=False)
         except ValueError as error:
-            raise ValueError(f"{path}, label {named[number]}: {error}") from None
+            raise ValueError(f"{path}, label {label}: {error}") from None
 
-    for number, name in named.items():
-        what = f"{path}, label {name}"
-        yield ShapeInput(what, shape_id(content, name), name, options.required_resolution(), partial(load, number))
+    for label in shapes.labels:
+        yield ShapeInput(
+            f"{path}, label {label}", shape_id(content, label), label, resolution, partial(load, label),
+            options.settings().prep_hash,
+        )  # fmt: skip

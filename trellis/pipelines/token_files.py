@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trellis.geometry.transforms import check_to_world
+from trellis.preparation.frames import SHAPE, parse_frame
 from trellis.utils.blocks import LATENT_STRIDE, check_resolution, morton_encode
 from trellis.utils.io_utils import atomic_write, open_regular
 
@@ -36,6 +37,8 @@ class Tokens:
         label, sha256: which structure this is, and the hash of the content that it was made from.
         quantizer, codebook_size: the kind of quantizer and the number of its codes.
         model_hash: `model_hash` of the model that made the tokens, the only one that can decode them.
+        frame: whose cube it is, "shape", "patient" or "fixed-mm:SIZE"; a file that does not say means "shape".
+        prep_hash: of the settings that the shape was prepared with; empty where that is not known.
     """
 
     ids: np.ndarray
@@ -48,6 +51,8 @@ class Tokens:
     quantizer: str = "vq"
     codebook_size: int = 0
     model_hash: str = ""
+    frame: str = SHAPE
+    prep_hash: str = ""
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
@@ -58,6 +63,7 @@ class Tokens:
             raise ValueError(
                 f"block_index must be int16 [{m}, 3], got {self.block_index.dtype} {list(self.block_index.shape)}"
             )
+        parse_frame(self.frame)
         if self.band_voxels < 1:
             raise ValueError(f"band_voxels must be 1 or more, got {self.band_voxels}")
         if m:
@@ -100,6 +106,8 @@ def save_tokens(path: str | Path, tokens: Tokens) -> None:
         "quantizer": tokens.quantizer,
         "codebook_size": str(tokens.codebook_size),
         "model_hash": tokens.model_hash,
+        "frame": tokens.frame,
+        "prep_hash": tokens.prep_hash,
     }
     data = save(arrays, metadata=metadata)
     with atomic_write(path) as stream:
@@ -159,6 +167,8 @@ def load_tokens(path: str | Path) -> Tokens:
             quantizer=metadata["quantizer"],
             codebook_size=_integer(metadata, "codebook_size"),
             model_hash=metadata["model_hash"],
+            frame=metadata.get("frame", SHAPE),
+            prep_hash=metadata.get("prep_hash", ""),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -131,6 +131,8 @@ class SparseSDFTokenizer:
             quantizer=self.quantizer_name,
             codebook_size=self.codebook_size,
             model_hash=self.model_hash,
+            frame=blocks.frame,
+            prep_hash=blocks.prep_hash,
         )
 
     def read_shape(
@@ -190,6 +192,8 @@ class SparseSDFTokenizer:
             resolution=tokens.resolution,
             band_voxels=tokens.band_voxels,
             label=tokens.label,
+            frame=tokens.frame,
+            prep_hash=tokens.prep_hash,
         )
 
     def decode_mesh(self, tokens: Tokens | str | Path) -> tuple[np.ndarray, np.ndarray]:

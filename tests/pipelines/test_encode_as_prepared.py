@@ -1,0 +1,140 @@
+"""Encoding files directly gives the shapes, ids and tokens that preparing them first gives."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from trellis.pipelines.batch import encode_many
+from trellis.pipelines.shape_inputs import InputOptions
+from trellis.pipelines.token_files import load_tokens
+from trellis.preparation.prepare import prepare_dataset
+from trellis.utils.mesh_utils import write_mesh
+
+AFFINE = np.array([[-1.1, 0.2, 0, 40.0], [0.2, 1.3, 0, -25.0], [0, 0, 2.0, 7.0], [0, 0, 0, 1]])
+"""Anisotropic, oblique and left-handed, off the origin."""
+
+
+def save(path: Path, data: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(data, AFFINE), path)
+    return path
+
+
+def box_of_voxels(low, high, value=1) -> np.ndarray:
+    data = np.zeros((24, 20, 16), dtype=np.uint8)
+    data[tuple(slice(a, b) for a, b in zip(low, high))] = value
+    return data
+
+
+def two_labels() -> np.ndarray:
+    data = box_of_voxels((3, 4, 2), (14, 12, 9), 2) + box_of_voxels((14, 4, 2), (20, 15, 13), 7)
+    data[22, 18, 14] = 7  # a component of its own, 2.9 mm3
+    return data
+
+
+def octahedron() -> tuple[np.ndarray, np.ndarray]:
+    vertices = np.array([[20, 0, 0], [-20, 0, 0], [0, 13, 0], [0, -13, 0], [0, 0, 9], [0, 0, -9]]) / 7 + [100, -50, 7]
+    faces = [[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4], [2, 0, 5], [1, 2, 5], [3, 1, 5], [0, 3, 5]]
+    return vertices, np.array(faces)
+
+
+@pytest.fixture
+def data_root(tmp_path) -> Path:
+    """A labelled volume with nnU-Net's table above it, overlapping masks, and a mesh with a dot in its name."""
+    root = tmp_path / "in"
+    save(root / "p1" / "seg.nii.gz", two_labels())
+    (root / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 2, "spleen": 7}}))
+    save(root / "p2" / "segmentations" / "aorta.nii.gz", box_of_voxels((2, 2, 2), (12, 12, 12)))
+    save(root / "p2" / "segmentations" / "vessel.nii.gz", box_of_voxels((8, 3, 4), (18, 9, 12)))
+    (root / "p3").mkdir()
+    write_mesh(root / "p3" / "tooth.v2.stl", *octahedron())
+    return root
+
+
+def encoded(tokenizer, inputs, out, **options):
+    outcome = encode_many(tokenizer, inputs, out, InputOptions(resolution=32, **options))
+    return outcome, {path.name: load_tokens(path) for path in sorted(out.glob("*.safetensors"))}
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert list(one) == list(other)
+    for name, tokens in one.items():
+        for field in ("ids", "block_index", "to_world"):
+            np.testing.assert_array_equal(getattr(tokens, field), getattr(other[name], field))
+        for field in ("sha256", "label", "frame", "prep_hash", "resolution", "band_voxels"):
+            assert getattr(tokens, field) == getattr(other[name], field)
+
+
+@pytest.mark.parametrize("frame", ["shape", "fixed-mm:120"])
+def test_files_and_the_prepared_folder_give_the_same_tokens(tokenizer, data_root, tmp_path, frame):
+    data = tmp_path / "data"
+    prepare_dataset(data_root, data, resolutions=(32,), workers=0, progress=False, frame=frame)
+    _, prepared = encoded(tokenizer, [data], tmp_path / "a")
+    inputs = [data_root / "p1" / "seg.nii.gz", data_root / "p2" / "segmentations", data_root / "p3" / "tooth.v2.stl"]
+    outcome, direct = encoded(tokenizer, inputs, tmp_path / "b", frame=frame)
+    assert not outcome.failures
+    assert sorted(t.label for t in direct.values()) == ["aorta", "liver", "spleen", "tooth.v2", "vessel"]
+    assert {t.frame for t in direct.values()} == {frame}
+    assert_same(prepared, direct)
+    folders = [data_root / "p1", data_root / "p2" / "segmentations", data_root / "p3"]
+    again, _ = encoded(tokenizer, folders, tmp_path / "b", frame=frame)
+    assert len(again.skipped) == 5 and not again.written, "folders are their files, and what is there is kept"
+
+
+def test_options_of_volumes(tokenizer, tmp_path):
+    """A threshold, small components, a table that is given and a spacing mean what they mean to the preparation."""
+    root, data = tmp_path / "in", tmp_path / "data"
+    (root / "p").mkdir(parents=True)
+    np.save(root / "p" / "seg.npy", two_labels())
+    (tmp_path / "names.txt").write_text("2 left lobe\n7 right lobe\n")
+    options = {"label_names": tmp_path / "names.txt", "spacing_mm": (1.0, 1.5, 2.0), "min_component_ml": 0.01}
+    prepare_dataset(root, data, resolutions=(32,), workers=0, progress=False, **options)
+    _, prepared = encoded(tokenizer, [data], tmp_path / "a")
+    _, direct = encoded(tokenizer, [root / "p" / "seg.npy"], tmp_path / "b", **options)
+    assert sorted(t.label for t in direct.values()) == ["left lobe", "right lobe"]
+    assert_same(prepared, direct)
+    intensity = {"spacing_mm": (1.0, 1.5, 2.0), "threshold": "1:3", "threshold_label": "bone"}
+    prepare_dataset(root, tmp_path / "bones", resolutions=(32,), workers=0, progress=False, **intensity)
+    _, prepared = encoded(tokenizer, [tmp_path / "bones"], tmp_path / "c")
+    _, direct = encoded(tokenizer, [root / "p" / "seg.npy"], tmp_path / "d", **intensity)
+    assert [t.label for t in direct.values()] == ["bone"]
+    assert_same(prepared, direct)
+
+
+def test_other_settings_make_other_tokens(tokenizer, data_root, tmp_path):
+    mesh, out = data_root / "p3" / "tooth.v2.stl", tmp_path / "out"
+    _, first = encoded(tokenizer, [mesh], out)
+    outcome, second = encoded(tokenizer, [mesh], out, frame="fixed-mm:50")
+    assert len(outcome.written) == 1 and list(first) == list(second)
+    (tokens,) = second.values()
+    assert tokens.frame == "fixed-mm:50" and tokens.to_world[0, 0] == 50
+    assert tokenizer.decode(tokens).frame == "fixed-mm:50"
+
+
+def test_what_does_not_work_is_told(tokenizer, data_root, tmp_path):
+    volume = data_root / "p1" / "seg.nii.gz"
+    outcome, tokens = encoded(tokenizer, [volume, data_root / "p3"], tmp_path / "out", min_component_ml=2.0)
+    assert len(tokens) == 2 and len(outcome.failures) == 1
+    assert "label liver: no component has at least 2 ml" in outcome.failures[0].reason
+    outcome, _ = encoded(tokenizer, [volume, data_root / "p3"], tmp_path / "out2", frame="fixed-mm:5")
+    assert len(outcome.failures) == 3 and all("does not fit" in failure.reason for failure in outcome.failures)
+    with pytest.raises(ValueError, match="patient"):
+        InputOptions(frame="patient")
+    with pytest.raises(ValueError, match="no such file"):
+        encoded(tokenizer, [volume], tmp_path / "out", label_names=tmp_path / "none.txt")
+
+
+def test_names_of_slices_stay_out_of_the_record(tokenizer, data_root, tmp_path):
+    masks = data_root / "p2" / "segmentations"
+    (masks / "jane-doe-1970.nii.gz").write_bytes(b"not a volume")
+    outcome, _ = encoded(tokenizer, [masks], tmp_path / "out")
+    assert "jane-doe-1970" in outcome.failures[0].reason, "the user is told which file it is"
+    text = (tmp_path / "out" / "errors.csv").read_text()
+    assert "jane-doe" not in text and str(tmp_path) not in text
+    assert [row["stage"] for row in csv.DictReader(text.splitlines())] == ["read"]
