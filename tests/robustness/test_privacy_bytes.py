@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
+import os
 import struct
 import subprocess
 import sys
+import threading
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 import robust_files as files
 
-from trellis.preparation.privacy import hide_quoted
+from trellis.preparation.privacy import hide_quoted, scrubbed_logs
 
 FOLDERS = ("Quillfeather", "Ostropoler", "Wigglesworth")
 HEADERS = (
@@ -141,11 +145,10 @@ def leaks(folder: Path, words: str, names) -> list[str]:
 
 def prepare(root: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
     command = [
-        sys.executable, "-m", "trellis.cli", "prepare", str(root), "-o", str(out), "--resolutions", "32", "--workers",
-        "1", *options,
+        sys.executable, "-c", "from trellis.cli import main; main()", "prepare", str(root), "-o", str(out),
+        "--resolutions", "32", "--workers", "1", *options,
     ]  # fmt: skip
-    run = [sys.executable, "-c", "from trellis.cli import main; main()", *command[3:]]
-    return subprocess.run(run, capture_output=True, text=True, errors="replace", timeout=200, cwd=root.parent)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=200, cwd=root.parent)
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +188,31 @@ def test_what_readers_quote_is_hidden():
     assert hide_quoted(r"got b'Doe \' Jane', not 'ply'") == "got <source>, not 'ply'"
     assert hide_quoted("fields present: ['Doe', 'volume']") == "fields present: [<source>, 'volume']"
     assert hide_quoted("its faces' order isn't known") == "its faces' order isn't known"
+
+
+def test_threads_of_one_process_share_the_scrubbing(capfd, caplog):
+    """Tasks that overlap: no name passes while any of them runs, and everything is as before at the end."""
+    started, done = threading.Event(), threading.Event()
+    factory, show = logging.getLogRecordFactory(), warnings.showwarning
+
+    def long_task() -> None:
+        with scrubbed_logs([HEADERS[0]]):
+            started.set()
+            done.wait(10)
+            logging.getLogger("nibabel").warning("odd header of %s", HEADERS[0])
+            os.write(2, f"C speaks of {HEADERS[0]}\n".encode())
+
+    thread = threading.Thread(target=long_task)
+    thread.start()
+    assert started.wait(10)
+    with scrubbed_logs([HEADERS[1]]):
+        os.write(2, f"C speaks of {HEADERS[1]}\n".encode())
+        warnings.warn(f"title 'any' of {HEADERS[1]}", stacklevel=1)
+    done.set()
+    thread.join()
+    assert logging.getLogRecordFactory() is factory and warnings.showwarning is show
+    os.write(2, b"and the end\n")
+    printed = capfd.readouterr().err
+    assert "C speaks of <source>" in printed and printed.endswith("and the end\n")
+    assert "odd header of <source>" in caplog.text and "title <source> of <source>" in caplog.text
+    assert not any(name in printed + caplog.text for name in HEADERS[:2])

@@ -9,9 +9,10 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,54 @@ def hide_quoted(text: str) -> str:
                        text)  # fmt: skip
 
 
+class _Watch:
+    """Log records, warnings and file descriptor 2 belong to the process, and tasks may share one as threads: the first
+    task puts the scrubbing up, the last one takes it down, and all names since then are scrubbed."""
+
+    def __init__(self) -> None:
+        self._lock, self._tasks, self._names, self._undo = threading.Lock(), 0, set[str](), ExitStack()
+
+    def enter(self, names: Sequence[str]) -> None:
+        with self._lock:
+            self._names = self._names | set(names)
+            self._tasks += 1
+            if self._tasks == 1:
+                self._undo.enter_context(self._scrubbing())
+
+    def leave(self) -> None:
+        with self._lock:
+            self._tasks -= 1
+            if self._tasks == 0:
+                self._undo.close()
+                self._names = set()
+
+    @contextmanager
+    def _scrubbing(self) -> Iterator[None]:
+        original, show = logging.getLogRecordFactory(), warnings.showwarning
+
+        def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+            record = original(*args, **kwargs)
+            record.msg, record.args = hide_quoted(scrub(record.getMessage(), self._names)), ()
+            return record
+
+        def warn(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:
+            logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
+
+        logging.setLogRecordFactory(make)
+        warnings.showwarning = warn
+        try:
+            with _held_stderr() as held:
+                yield
+        finally:
+            warnings.showwarning = show
+            logging.setLogRecordFactory(original)
+        if held:
+            os.write(2, os.fsencode(scrub(os.fsdecode(bytes(held)), self._names)))
+
+
+_watch = _Watch()
+
+
 @contextmanager
 def scrubbed_logs(names: Sequence[str]) -> Iterator[None]:
     """While this is open, what libraries in this process log, warn of or write to stderr loses the given names.
@@ -106,45 +155,31 @@ def scrubbed_logs(names: Sequence[str]) -> Iterator[None]:
     if not names:
         yield
         return
-    original, show = logging.getLogRecordFactory(), warnings.showwarning
-
-    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = original(*args, **kwargs)
-        record.msg, record.args = hide_quoted(scrub(record.getMessage(), names)), ()
-        return record
-
-    def warn(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:
-        logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
-
-    logging.setLogRecordFactory(make)
-    warnings.showwarning = warn
+    _watch.enter(names)
     try:
-        with _held_stderr(names):
-            yield
+        yield
     finally:
-        warnings.showwarning = show
-        logging.setLogRecordFactory(original)
+        _watch.leave()
 
 
 @contextmanager
-def _held_stderr(names: Sequence[str]) -> Iterator[None]:
-    """File descriptor 2 goes to a temporary file, and its text, scrubbed, to the real one at the end."""
+def _held_stderr() -> Iterator[bytearray]:
+    """File descriptor 2 goes to a temporary file, of which the first MiB is in the result at the end."""
+    result = bytearray()
     try:
         real = os.dup(2)
     except OSError:  # closed
-        yield
+        yield result
         return
     try:
         with tempfile.TemporaryFile() as held:
             os.dup2(held.fileno(), 2)
             try:
-                yield
+                yield result
             finally:
                 os.dup2(real, 2)
                 held.seek(0)
-                text = os.fsdecode(held.read(1 << 20))
-                if text:
-                    os.write(2, os.fsencode(scrub(text, names)))
+                result += held.read(1 << 20)
     finally:
         os.close(real)
 
