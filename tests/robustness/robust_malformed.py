@@ -276,6 +276,8 @@ case("metadata field of 1 MB", "dataset", "metadata.csv", b"sha256,label\n" + b"
      "metadata.csv")  # fmt: skip
 case("metadata empty", "dataset", "metadata.csv", b"", "sha256 is missing")
 case("label table not a table", "table", "a.csv", b"\0\1\2\3", "a.csv")
+case("label table of commas", "table", "a.csv", b",,,\n , ,\n", "no label name")
+case("label table negative value", "table", "a.json", b'{"liver": -1}', "0 or more, got -1")
 case("label table two names", "table", "a.csv", b"1,liver\n1,spleen\n", "two names")
 case("label table deep JSON", "table", "a.json", b"[" * 100000, "a.json")
 case("splits deep JSON", "splits", "a.json", b"[" * 100000, "a.json")

@@ -46,6 +46,8 @@ def read_label_names(path: str | Path) -> dict[int, str]:
         names: dict[int, str] = {}
         for value, name in pairs:
             name = name.strip()
+            if value < 0:
+                raise ValueError(f"label values must be 0 or more, got {value} for {name!r}")
             if names.get(value, name) != name:
                 raise ValueError(f"label {value} has two names, {names[value]!r} and {name!r}")
             names[value] = name
@@ -109,6 +111,8 @@ def _from_words(line: str) -> tuple[int, str] | None:
 def _from_table(rows: list[list[str]]) -> list[tuple[int, str]]:
     rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
     value_at, name_at = None, None
+    if not rows:
+        return []
     if not any(re.fullmatch(r"\d+", cell) for cell in rows[0]):
         head = [cell.lower() for cell in rows[0]]
         rows = rows[1:]
