@@ -105,6 +105,7 @@ def read_nrrd(path: Path) -> RawVolume:
         held = _check_data_file(path, header.get("data file", header.get("datafile")))
     else:
         held = path.stat().st_size
+    _refuse_negative_spacing(header, "spacings")
     image = _read_image(path, held)
     spaced = "space directions" in header or "spacings" in header
     raw = _from_image(image, has_spacing=spaced)
@@ -155,6 +156,7 @@ def read_metaimage(path: Path) -> RawVolume:
     if "elementdatafile" not in header or "dimsize" not in header:
         raise ValueError("a MetaImage header has DimSize and ElementDataFile")
     _check_meta_header(header)
+    _refuse_negative_spacing(header, "elementspacing", "elementsize")
     held = _check_data_file(path, header["elementdatafile"])
     spaced = "elementspacing" in header or "elementsize" in header
     return _from_image(_read_image(path, held), has_spacing=spaced)
@@ -174,6 +176,13 @@ def _check_meta_header(header: dict[str, str]) -> None:
             raise ValueError(f"{name} must be {count} whole numbers, got {' '.join(words)[:40]!r}")
         if min(map(int, words)) < lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {' '.join(words)[:40]!r}")
+
+
+def _refuse_negative_spacing(header: dict[str, str], *names: str) -> None:
+    """ValueError for a spacing below zero, which ITK turns into a flipped axis in silence."""
+    for name in names:
+        if re.search(r"(?<![\deE])-\s*\.?\d", header.get(name, "")):
+            raise ValueError(f"{name} must be above 0, got {header[name][:60]!r}")
 
 
 def read_dicom_folder(path: Path) -> RawVolume:
