@@ -218,7 +218,8 @@ case("mha negative spacing", "volume", "a.mha", lambda: files.mha().replace(b"= 
      "above 0")  # fmt: skip
 case("nrrd negative spacings", "volume", "a.nrrd", lambda: files.nrrd("raw").replace(
     b"space directions: (1.5,0,0) (0,1,0) (0,0,2)", b"spacings: 1.5 -1 2")
-    .replace(b"space: left-posterior-superior\n", b"").replace(b"space origin: (-40,30,20)\n", b""), "above 0")  # fmt: skip
+    .replace(b"space: left-posterior-superior\n", b"")
+    .replace(b"space origin: (-40,30,20)\n", b""), "above 0")  # fmt: skip
 case("mha absurd size", "volume", "a.mha", lambda: files.mha(True).replace(b"= 7 6 5", b"= 90000 90000 90000"), "a.mha")
 case("mha size that does not fit", "volume", "a.mha", lambda: files.mha().replace(b"= 7 6 5", b"= 700 60 50"), "a.mha")
 case("mha data outside", "volume", "a.mhd", lambda: files.mha(data_file="../../../etc/passwd"), "beside it")
