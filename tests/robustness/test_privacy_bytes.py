@@ -24,7 +24,7 @@ FOLDERS = ("Quillfeather", "Ostropoler", "Wigglesworth")
 HEADERS = (
     "Brimblecombe", "Czernobyliak", "Dunwoodie", "Eszterhazy", "Fotheringay", "Grimthorpe", "Hetherington",
     "Ibrahimovski", "Jellicorse", "Krasznahorkai", "Llewelyn", "Mxyzptlk", "Nightingale", "Oosterhuis", "Pfefferkorn",
-    "Quatermaine", "Rumpelstilz", "Szczepanski", "Uxbridge",
+    "Quatermaine", "Rumpelstilz", "Szczepanski", "Thistlethwaite", "Uxbridge",
 )  # fmt: skip
 """One name a place of a header or comment, so that a leak tells where it came from."""
 
