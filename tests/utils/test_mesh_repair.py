@@ -8,11 +8,11 @@ import trimesh
 from sign_corpus import blob, corpus, inverted, joined, sphere, with_t_junctions, wrong_share
 
 from trellis.utils.mesh_holes import _least_area, _triangulate, find_holes
+from trellis.utils.mesh_merge import merge_identical_vertices
 from trellis.utils.mesh_repair import clean_mesh, count_self_intersections, inspect_mesh
 from trellis.utils.mesh_solids import winding_of_points
 from trellis.utils.mesh_topology import (
     closed_chain_problem,
-    merge_identical_vertices,
     mesh_edges,
     orient_consistently,
     signed_volume,

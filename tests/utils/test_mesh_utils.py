@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trellis.utils.mesh_readers import find_space_tag, merge_identical
+from trellis.utils.mesh_merge import merge_identical_vertices
+from trellis.utils.mesh_readers import find_space_tag
 from trellis.utils.mesh_utils import read_mesh, write_mesh
 
 FORMATS = ["stl", "ply", "obj", "off", "glb"]
@@ -273,7 +274,7 @@ def test_gltf_node_transforms_are_applied(tmp_path: Path):
     assert_same_mesh(mesh.vertices, mesh.faces, vertices + [100, 0, 0], faces)
 
 
-def test_merge_identical_merges_exact_duplicates_only():
+def test_merge_identical_vertices_merges_exact_duplicates_only():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(50, 3)).astype(np.float32)
     soup = points[rng.integers(0, 50, size=(200, 3))]
@@ -281,12 +282,12 @@ def test_merge_identical_merges_exact_duplicates_only():
     soup[1, 0] = [-0.0, 0.0, 1.0]
     flat = soup.reshape(-1, 3)
     for dtype in (np.float32, np.float64):
-        vertices, faces = merge_identical(flat.astype(dtype), np.arange(600).reshape(-1, 3))
+        vertices, faces = merge_identical_vertices(flat.astype(dtype), np.arange(600).reshape(-1, 3))
         np.testing.assert_array_equal(vertices[faces], soup)
         assert len(np.unique(vertices, axis=0)) == len(vertices)
         assert faces[0, 0] == faces[1, 0] == 0
     near = np.array([[0, 0, 0], [np.nextafter(np.float32(1), 2), 0, 0], [1, 0, 0]], dtype=np.float32)
-    assert len(merge_identical(near, np.arange(3)[None])[0]) == 3
+    assert len(merge_identical_vertices(near, np.arange(3)[None])[0]) == 3
 
 
 def bad_files() -> dict[str, tuple[str, bytes, str]]:

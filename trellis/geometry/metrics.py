@@ -33,7 +33,7 @@ from trellis.geometry.rasterize import inside_runs, overlap, run_length
 from trellis.geometry.surface_distance import ClosestTriangle, face_normals, sample_surface
 from trellis.geometry.transforms import check_to_world, normalising_transform, world_to_grid
 from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks, check_resolution, morton_encode
-from trellis.utils.mesh_topology import merge_identical_vertices
+from trellis.utils.mesh_merge import merge_identical_vertices
 
 Mesh = tuple[np.ndarray, np.ndarray]
 DEFAULT_SAMPLES = 100_000

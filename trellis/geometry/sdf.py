@@ -11,7 +11,8 @@ import numpy as np
 
 from trellis.geometry.transforms import check_to_world, normalising_transform, world_to_grid
 from trellis.utils.blocks import BAND_VOXELS, STORAGE_BLOCK, SparseSDFBlocks, check_resolution
-from trellis.utils.mesh_topology import check_mesh_arrays, closed_chain_problem, merge_identical_vertices
+from trellis.utils.mesh_merge import merge_identical_vertices
+from trellis.utils.mesh_topology import check_mesh_arrays, closed_chain_problem
 from trellis.utils.warp_utils import check_warp_device, get_warp
 
 logger = logging.getLogger(__name__)

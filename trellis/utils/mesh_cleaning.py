@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trellis.utils.mesh_holes import Hole, find_holes, split_t_junctions, weld_open_vertices
+from trellis.utils.mesh_merge import merge_identical_vertices
 from trellis.utils.mesh_solids import enclosure, split_components, unite_overlapping
 from trellis.utils.mesh_topology import (
     check_mesh_arrays,
@@ -15,7 +16,6 @@ from trellis.utils.mesh_topology import (
     face_areas,
     face_components,
     face_keys,
-    merge_identical_vertices,
     mesh_edges,
     signed_volume,
 )

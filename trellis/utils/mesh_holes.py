@@ -9,7 +9,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from trellis.utils.mesh_topology import Edges, merge_by_group, mesh_edges
+from trellis.utils.mesh_merge import merge_by_group
+from trellis.utils.mesh_topology import Edges, mesh_edges
 
 MAX_EXACT_LOOP = 200
 """Loops up to this many vertices get the cap of least area; longer ones are divided first."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from trellis.utils.io_utils import open_regular
+from trellis.utils.mesh_merge import merge_identical_vertices
 from trellis.utils.mesh_text import parse_obj, parse_off, parse_ply
 from trellis.utils.mesh_vtk import parse_vtk
 from trellis.utils.mesh_vtp import parse_vtp
@@ -58,36 +59,6 @@ def find_space_tag(text: bytes) -> str | None:
     return found.pop()
 
 
-def merge_identical(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge vertices with equal coordinates (exactly equal; order of first occurrence is kept).
-
-    Args:
-        vertices: [V, 3] floats; faces: [F, 3] integers.
-
-    Returns:
-        [V', 3] vertices of the same dtype and [F, 3] int64 faces.
-    """
-    vertices = vertices + np.zeros(1, dtype=vertices.dtype)  # -0.0 becomes 0.0
-    if vertices.dtype == np.float32:
-        bits = np.ascontiguousarray(vertices).view(np.uint32).astype(np.uint64)
-        keys = (bits[:, 2], (bits[:, 0] << np.uint64(32)) | bits[:, 1])
-    else:
-        keys = (vertices[:, 2], vertices[:, 1], vertices[:, 0])
-    order = np.lexsort(keys)
-    new = np.zeros(len(vertices), dtype=bool)
-    new[:1] = True
-    for key in keys:
-        column = key[order]
-        new[1:] |= column[1:] != column[:-1]
-    group = np.empty(len(vertices), dtype=np.int64)
-    group[order] = np.cumsum(new) - 1
-    first = np.minimum.reduceat(order, np.flatnonzero(new)) if len(order) else order
-    by_occurrence = np.argsort(first)
-    rank = np.empty_like(by_occurrence)
-    rank[by_occurrence] = np.arange(len(first))
-    return vertices[first[by_occurrence]], rank[group][faces]
-
-
 def read_stl(path: Path) -> RawMesh:
     """STL, binary or ASCII; the size of a binary file must be what its facet count says."""
     data = path.read_bytes()
@@ -107,7 +78,7 @@ def read_stl(path: Path) -> RawMesh:
             f"its header announces {count} triangles, {84 + STL_TRIANGLE.itemsize * count} bytes, and the file has "
             f"{len(data)}: truncated or not an STL"
         )
-    vertices, faces = merge_identical(corners, np.arange(len(corners), dtype=np.int64).reshape(-1, 3))
+    vertices, faces = merge_identical_vertices(corners, np.arange(len(corners), dtype=np.int64).reshape(-1, 3))
     return RawMesh(vertices, faces, space)
 
 
@@ -151,7 +122,7 @@ def read_ply(path: Path) -> RawMesh:
 def read_obj(path: Path) -> RawMesh:
     """Wavefront OBJ; materials are not opened."""
     data = path.read_bytes()
-    return RawMesh(*merge_identical(*parse_obj(data)), find_space_tag(_leading_comments(data)))
+    return RawMesh(*merge_identical_vertices(*parse_obj(data)), find_space_tag(_leading_comments(data)))
 
 
 def read_off(path: Path) -> RawMesh:
@@ -175,7 +146,7 @@ def read_glb(path: Path) -> RawMesh:
         raise ValueError(f"its header announces {length} bytes, and the file has {len(data)}: truncated")
     space = _gltf_tag(json.loads(data[20 : 20 + json_length]))
     vertices, faces = _trimesh_geometry(data, "glb", skip_materials=True)
-    return RawMesh(*merge_identical(vertices, faces), space)
+    return RawMesh(*merge_identical_vertices(vertices, faces), space)
 
 
 def read_gltf(path: Path) -> RawMesh:
@@ -186,7 +157,7 @@ def read_gltf(path: Path) -> RawMesh:
     space = _gltf_tag(json.loads(data))
     resolver = trimesh.resolvers.FilePathResolver(str(path.resolve()))
     vertices, faces = _trimesh_geometry(data, "gltf", resolver=resolver, skip_materials=True)
-    return RawMesh(*merge_identical(vertices, faces), space)
+    return RawMesh(*merge_identical_vertices(vertices, faces), space)
 
 
 def read_gifti(path: Path) -> RawMesh:

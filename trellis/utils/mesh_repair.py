@@ -17,13 +17,13 @@ from trellis.utils.mesh_cleaning import (
     drop_useless_faces,
     merge_vertices,
 )
+from trellis.utils.mesh_merge import merge_identical_vertices
 from trellis.utils.mesh_topology import (
     closed_chain_problem,
     drop_unused_vertices,
     face_areas,
     face_components,
     face_keys,
-    merge_identical_vertices,
     mesh_edges,
     orient_consistently,
     signed_volume,

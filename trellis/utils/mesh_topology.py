@@ -45,39 +45,6 @@ def drop_unused_vertices(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.nd
     return vertices[used], (np.cumsum(used) - 1)[faces]
 
 
-def merge_identical_vertices(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Make vertices with equal coordinates one. [V, 3] float64, [F, 3] int64 in and out; faces keep their order."""
-    v = np.asarray(vertices, dtype=np.float64) + 0.0  # -0 and 0 are the same place
-    words = np.ascontiguousarray(v).view(np.uint64)
-    mixed = words * np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
-    mixed ^= mixed >> np.uint64(29)
-    order = np.argsort(mixed.sum(axis=1, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9))
-    new = np.ones(len(v), dtype=bool)
-    new[1:] = (v[order[1:]] != v[order[:-1]]).any(axis=1)
-    if len(np.unique(mixed.sum(axis=1, dtype=np.uint64))) != int(new.sum()):
-        # Different places with one hash: sort by the coordinates themselves.
-        order = np.lexsort(v.T)
-        new[1:] = (v[order[1:]] != v[order[:-1]]).any(axis=1)
-    return _merge_groups(v, faces, order, new)
-
-
-def _merge_groups(
-    vertices: np.ndarray, faces: np.ndarray, order: np.ndarray, new: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    group = np.empty(len(vertices), dtype=np.int64)
-    group[order] = np.cumsum(new) - 1
-    return merge_by_group(vertices, faces, group)
-
-
-def merge_by_group(vertices: np.ndarray, faces: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One vertex per group [V] int64, the first of each; numbered by first appearance, so that nothing else moves."""
-    _, first, group = np.unique(group, return_index=True, return_inverse=True)
-    by_first = np.argsort(first)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[by_first] = np.arange(len(first))
-    return vertices[first[by_first]], rank[group][faces]
-
-
 @dataclass(frozen=True)
 class Edges:
     """Edges of a mesh. Half-edge h = 3 * face + corner runs from that corner to the next.
