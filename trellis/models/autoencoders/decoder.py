@@ -10,6 +10,7 @@ from trellis.modules.sparse.conv.functional import subdivide_conv_to_scalar
 from trellis.modules.sparse.conv.module import SparseConv3d
 from trellis.modules.sparse.levels import Grid, Topology
 from trellis.modules.sparse.linear import SparseLinear
+from trellis.modules.sparse.tensor import SparseTensor
 from trellis.modules.sparse.transformer import TransformerBlock, embed_positions
 
 
@@ -21,18 +22,25 @@ class UpBlock(nn.Module):
         self.act_layers = nn.ModuleList([SparseConv3d(in_channels, out_channels), nn.SiLU()])
         self.out_layers = nn.ModuleList([SparseConv3d(out_channels, out_channels), nn.SiLU()])
 
-    def forward(self, feats: Tensor, grid: Grid, activate: bool, backend: str) -> Tensor:
-        """[N, in] on `grid` -> [8 N, out] on its children, before the last SiLU; with `activate` of SiLU(feats).
+    def forward(self, x: SparseTensor, activate: bool, backend: str) -> SparseTensor:
+        """[N, in] -> [8 N, out] on the children, before the last SiLU; with `activate` of SiLU(x).
 
         Each SiLU is left to the convolution that reads it, which then need not keep both sides of it.
         """
-        hidden = self.act_layers[0](feats, grid, activate=activate, backend=backend)
-        return self.out_layers[0](hidden, grid, subdivide=True, activate=True, backend=backend)
+        hidden = self.act_layers[0](x.feats, x.grid, activate=activate, backend=backend)
+        hidden = self.out_layers[0](hidden, x.grid, subdivide=True, activate=True, backend=backend)
+        return SparseTensor(hidden, children_grid(x.grid))
 
-    def plain(self, feats: Tensor, grid: Grid, children: Grid, backend: str) -> Tensor:
-        """The same with the subdivided tensor written out: for comparison."""
-        hidden = F.silu(self.act_layers[0](feats, grid, backend=backend)).repeat_interleave(8, dim=0)
-        return F.silu(self.out_layers[0](hidden, children, backend=backend))
+    def plain(self, x: SparseTensor, backend: str) -> SparseTensor:
+        """The same with the subdivided tensor and every SiLU written out: for comparison."""
+        children = children_grid(x.grid)
+        hidden = F.silu(self.act_layers[0](x.feats, x.grid, backend=backend)).repeat_interleave(8, dim=0)
+        return SparseTensor(F.silu(self.out_layers[0](hidden, children, backend=backend)), children)
+
+
+def children_grid(grid: Grid) -> Grid:
+    """The dense level below a dense level."""
+    return grid.topology.dense_grid(2 * grid.side)
 
 
 class SparseSDFDecoder(nn.Module):
@@ -84,18 +92,16 @@ class SparseSDFDecoder(nn.Module):
         x = embed_positions(x, topology, factor)
         for block in self.blocks:
             x = block(x, topology, fused)
-        for i, side in enumerate((1, 2)):
-            grid = topology.dense_grid(side)
-            block = self.upsample[i]
-            if fused:
-                x = block(x, grid, i > 0, backend)
-            else:
-                x = block.plain(x, grid, topology.dense_grid(2 * side), backend)
-        grid, block = topology.dense_grid(4), self.upsample[2]
+        level = SparseTensor(x, topology.dense_grid(1))
         if not fused:
-            x = self.out_layer(block.plain(x, grid, topology.dense_grid(8), backend))
+            for block in self.upsample:
+                level = block.plain(level, backend)
+            x = self.out_layer(level.feats)
             return torch.tanh(x.to(torch.promote_types(x.dtype, torch.float32))).view(-1, 512)
-        x = block.act_layers[0](x, grid, activate=True, backend=backend)
+        for i, block in enumerate(list(self.upsample)[:2]):
+            level = block(level, i > 0, backend)
+        grid, block = level.grid, self.upsample[2]
+        x = block.act_layers[0](level.feats, grid, activate=True, backend=backend)
         kernel, bias = block.out_layers[0].cast(x.dtype)
         out_weight, out_bias = self.out_layer.weight.to(x.dtype), self.out_layer.bias.to(x.dtype)
         values = subdivide_conv_to_scalar(x, kernel, bias, out_weight, out_bias, grid, activate=True, backend=backend)

@@ -10,6 +10,7 @@ from trellis.modules.sparse.levels import Grid, Pyramid
 from trellis.modules.sparse.linear import SparseLinear
 from trellis.modules.sparse.norm import SparseGroupNorm, layer_norm
 from trellis.modules.sparse.pool import first_stage
+from trellis.modules.sparse.tensor import SparseTensor
 from trellis.modules.sparse.transformer import TransformerBlock, embed_positions
 
 
@@ -29,16 +30,16 @@ class DownBlock(nn.Module):
         )
         self.skip_connection = SparseConv3d(in_channels, out_channels, kernel_size=1)
 
-    def after_pool(self, hidden: Tensor, skip: Tensor, grid: Grid, fused: bool, backend: str) -> Tensor:
-        """The part on the coarse grid: [P, in] twice -> [P, out]."""
+    def after_pool(self, hidden: Tensor, skip: Tensor, grid: Grid, fused: bool, backend: str) -> SparseTensor:
+        """The part on the coarse grid: [P, in] twice -> [P, out] on `grid`."""
         conv_in, norm, _, conv_out = self.out_layers
         hidden = conv_in(hidden, grid, backend=backend)
         hidden = norm(hidden, grid, silu=True, fused=fused)
-        return conv_out(hidden, grid, backend=backend) + self.skip_connection(skip, grid)
+        return SparseTensor(conv_out(hidden, grid, backend=backend) + self.skip_connection(skip, grid), grid)
 
-    def forward(self, feats: Tensor, fine: Grid, coarse: Grid, fused: bool, backend: str) -> Tensor:
-        """[N, in] on `fine` -> [P, out] on `coarse`."""
-        hidden, skip = self.act_layers[0].silu_pool(feats, fine, coarse, fused=fused)
+    def forward(self, x: SparseTensor, coarse: Grid, fused: bool, backend: str) -> SparseTensor:
+        """[N, in] -> [P, out] on `coarse`, the next coarser grid."""
+        hidden, skip = self.act_layers[0].silu_pool(x.feats, x.grid, coarse, fused=fused)
         return self.after_pool(hidden, skip, coarse, fused, backend)
 
 
@@ -77,11 +78,11 @@ class SparseSDFEncoder(nn.Module):
         )
         self.out_layer = SparseLinear(c, 2 * latent_channels)
 
-    def _first_block(self, pyramid: Pyramid, dtype: torch.dtype, fused: bool, backend: str) -> Tensor:
+    def _first_block(self, pyramid: Pyramid, dtype: torch.dtype, fused: bool, backend: str) -> SparseTensor:
         block, fine, coarse = self.downsample[0], pyramid.grids[0], pyramid.grids[1]
         if not fused:
             rows = pyramid.values.reshape(-1)[fine.slots][:, None].to(dtype)
-            return block(self.input_layer1(rows), fine, coarse, fused, backend)
+            return block(SparseTensor(self.input_layer1(rows), fine), coarse, fused, backend)
         norm = block.act_layers[0]
         hidden, skip = first_stage(
             pyramid.values,
@@ -107,11 +108,11 @@ class SparseSDFEncoder(nn.Module):
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [M, L] (float32, or float64) of every block of the pyramid."""
-        x = self._first_block(pyramid, dtype, fused, backend)
-        for i, block in enumerate(list(self.downsample)[1:], start=1):
-            x = block(x, pyramid.grids[i], pyramid.grids[i + 1], fused, backend)
+        level = self._first_block(pyramid, dtype, fused, backend)
+        for block, coarse in zip(list(self.downsample)[1:], pyramid.grids[2:]):
+            level = block(level, coarse, fused, backend)
         topology = pyramid.topology
-        x = self.input_layer(x)
+        x = self.input_layer(level.feats)
         x = embed_positions(x, topology, factor)
         for block in self.blocks:
             x = block(x, topology, fused)
