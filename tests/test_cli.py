@@ -368,6 +368,10 @@ def test_inspect_each_kind(model_folder, mesh_file, volume_file, tmp_path):
     assert [label["label"] for label in facts[1]["labels"]] == [2, 7]
     assert facts[1]["labels"][0]["ml"] == pytest.approx(16 * 10 * 9 * 3 / 1000)
     assert facts[2]["model_hash"] == facts[3]["model_hash"]
+    assert facts[0]["space"] == "LPS (the file says so)"
+    untagged = tmp_path / "untagged.off"
+    untagged.write_text("OFF\n4 4 0\n0 0 0\n9 0 0\n0 9 0\n0 0 9\n3 0 2 1\n3 0 1 3\n3 0 3 2\n3 1 2 3\n")
+    assert "space: RAS (the file does not say: --mesh-space)" in run("inspect", untagged, "--mesh-space", "RAS").output
     text = run("inspect", volume_file).output
     assert "spacing mm: [1.5, 1, 2]" in text
 

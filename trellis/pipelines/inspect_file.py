@@ -76,7 +76,9 @@ def _mesh(path: Path, mesh_space: str) -> Facts:
     from trellis.utils.mesh_utils import read_mesh
 
     mesh = read_mesh(path, mesh_space=mesh_space)
-    facts = {"box_ras_mm": _box(mesh.vertices), **plain(inspect_mesh(mesh.vertices, mesh.faces).as_dict())}
+    known_by = "the file says so" if mesh.space_is_tagged else "the file does not say: --mesh-space"
+    facts = {"space": f"{mesh.space} ({known_by})", "box_ras_mm": _box(mesh.vertices)}
+    facts |= plain(inspect_mesh(mesh.vertices, mesh.faces).as_dict())
     if facts.get("refused"):
         return facts
     facts.pop("refused", None)

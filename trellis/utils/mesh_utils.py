@@ -22,11 +22,15 @@ class Mesh:
         vertices: [V, 3] float64, RAS mm.
         faces: [F, 3] int64, rows of `vertices`, counter-clockwise seen from outside.
         name: stem of the file that it came from.
+        space: "LPS" or "RAS", what the file's numbers were read as. space_is_tagged: whether the file (or its format)
+            says so itself.
     """
 
     vertices: np.ndarray
     faces: np.ndarray
     name: str = ""
+    space: str = ""
+    space_is_tagged: bool = False
 
 
 def check_mesh_space(mesh_space: str) -> str:
@@ -93,9 +97,10 @@ def read_mesh(path: str | Path, *, mesh_space: str = "LPS") -> Mesh:
         words = str(error) or type(error).__name__
         reason = f"needs more memory than there is: {words}" if isinstance(error, MemoryError) else words
         raise unreadable(f"{path}: not a readable {mesh_suffix(path) or 'FreeSurfer'} mesh", error, reason) from error
-    if (raw.space or mesh_space) == "LPS":
+    space = raw.space or mesh_space
+    if space == "LPS":
         vertices = swap_lps_ras(vertices)
-    return Mesh(vertices, faces, name=mesh_stem(path))
+    return Mesh(vertices, faces, name=mesh_stem(path), space=space, space_is_tagged=bool(raw.space))
 
 
 def mesh_stem(path: str | Path) -> str:
