@@ -1,4 +1,4 @@
-"""The published network's outputs on CUDA: float32 within the CPU's tolerances, 16 bit within PyTorch's own rounding."""
+"""The published network on CUDA: float32 within the CPU tolerances, 16 bit within PyTorch's own rounding."""
 
 from __future__ import annotations
 

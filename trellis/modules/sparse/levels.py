@@ -53,7 +53,7 @@ class Topology:
         self._starts: Tensor | None = None
         self._windows: dict[tuple[int, int], WindowPlan] = {}
         self.embeddings: dict[tuple[int, float | None, torch.dtype], Tensor] = {}
-        self._grids: dict[int, Grid] = {}
+        self._dense_grids: dict[int, _Kept] = {}
         self._box: tuple[list[int], list[int]] | None = None
 
     @property
@@ -90,9 +90,8 @@ class Topology:
 
     def dense_grid(self, side: int) -> Grid:
         """The level on which all side^3 voxels below every block exist."""
-        if side not in self._grids:
-            self._grids[side] = Grid(self, side, None, self.num_blocks * side**3)
-        return self._grids[side]
+        kept = self._dense_grids.setdefault(side, _Kept())
+        return Grid(self, side, None, self.num_blocks * side**3, kept)
 
     def windows(self, size: int, shift: int) -> WindowPlan:
         """Attention windows: floor((coord + shift) / size) per axis and sample."""
@@ -105,6 +104,25 @@ class Topology:
         return self._windows[size, shift]
 
 
+class _Kept:
+    """Tables of a grid, made when first asked for.
+
+    Apart from the grid, so that a topology keeps those of its dense grids without a circle of references: what lives
+    on the GPU is freed with the batch, not when Python next looks for circles.
+    """
+
+    def __init__(self) -> None:
+        self.neighbours: Tensor | None = None
+        self.row_of: Tensor | None = None
+        self.slots: Tensor | None = None
+        self.offsets: Tensor | None = None
+        self.starts: Tensor | None = None
+        self.tap_table: Tensor | None = None
+        self.child_starts: Tensor | None = None
+        self.tiles: dict[int, RowTiles] = {}
+        self.dense_plan: Any = None
+
+
 class Grid:
     """The voxels of one level.
 
@@ -114,64 +132,67 @@ class Grid:
         num_rows: rows of a feature matrix on this level.
     """
 
-    def __init__(self, topology: Topology, side: int, occupancy: Tensor | None, num_rows: int) -> None:
+    def __init__(
+        self, topology: Topology, side: int, occupancy: Tensor | None, num_rows: int, kept: _Kept | None = None
+    ) -> None:
         self.topology = topology
         self.side = side
         self.occupancy = occupancy
         self.num_rows = num_rows
-        self._neighbours: Tensor | None = None
-        self._row_of: Tensor | None = None
-        self._slots: Tensor | None = None
-        self._offsets: Tensor | None = None
-        self.dense_plan: Any = None  # filled and read by conv/dense.py
-        self._starts: Tensor | None = None
-        self._tap_table: Tensor | None = None
-        self._child_starts: Tensor | None = None
-        self._tiles: dict[int, RowTiles] = {}
+        self._kept = _Kept() if kept is None else kept
 
     @property
     def is_dense(self) -> bool:
         return self.occupancy is None
 
     @property
+    def dense_plan(self) -> Any:
+        """What conv/dense.py keeps with the grid."""
+        return self._kept.dense_plan
+
+    @dense_plan.setter
+    def dense_plan(self, plan: Any) -> None:
+        self._kept.dense_plan = plan
+
+    @property
     def slots(self) -> Tensor:
         """[num_rows] int64: block * side^3 + slot of each row."""
-        if self._slots is None:
+        if self._kept.slots is None:
             if self.occupancy is None:
-                self._slots = torch.arange(self.num_rows, device=self.topology.device)
+                self._kept.slots = torch.arange(self.num_rows, device=self.topology.device)
             else:
                 flat = self.occupancy.reshape(-1)
                 # nonzero_static does not stall the GPU: the size was counted when the batch was collated
-                self._slots = torch.nonzero_static(flat, size=self.num_rows)[:, 0]
-        return self._slots
+                self._kept.slots = torch.nonzero_static(flat, size=self.num_rows)[:, 0]
+        return self._kept.slots
 
     @property
     def row_of(self) -> Tensor:
         """[M, side^3] int32 row of each slot, -1 where the voxel does not exist."""
-        if self._row_of is None:
+        if self._kept.row_of is None:
             cells = self.side**3
             if self.occupancy is None:
                 rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.topology.device)
-                self._row_of = rows.view(-1, cells)
+                self._kept.row_of = rows.view(-1, cells)
             else:
                 flat = self.occupancy.reshape(-1)
                 rows = flat.cumsum(0, dtype=torch.int32) - 1
-                self._row_of = torch.where(flat, rows, -1).view(-1, cells)
-        return self._row_of
+                self._kept.row_of = torch.where(flat, rows, -1).view(-1, cells)
+        return self._kept.row_of
 
     @property
     def neighbours(self) -> Tensor:
         """[num_rows, 27] int32 row of the neighbour at each tap, -1 where there is none."""
-        if self._neighbours is None:
-            self._neighbours = self.neighbour_rows(0, self.num_rows)
-        return self._neighbours
+        if self._kept.neighbours is None:
+            self._kept.neighbours = self.neighbour_rows(0, self.num_rows)
+        return self._kept.neighbours
 
     def neighbour_rows(self, start: int, stop: int) -> Tensor:
         """`neighbours[start:stop]`; a large table is never built whole."""
-        if self._neighbours is None and (start, stop) != (0, self.num_rows) and self.num_rows <= TABLE_ROWS:
-            self._neighbours = self.neighbour_rows(0, self.num_rows)
-        if self._neighbours is not None:
-            return self._neighbours[start:stop]
+        if self._kept.neighbours is None and (start, stop) != (0, self.num_rows) and self.num_rows <= TABLE_ROWS:
+            self._kept.neighbours = self.neighbour_rows(0, self.num_rows)
+        if self._kept.neighbours is not None:
+            return self._kept.neighbours[start:stop]
         if self.side == 1:
             return self.topology.block_neighbours[start:stop]
         cells = self.side**3
@@ -187,7 +208,7 @@ class Grid:
     @property
     def sample_offsets(self) -> Tensor:
         """[B + 1] int64 on the CPU: where each sample's rows start."""
-        if self._offsets is None:
+        if self._kept.offsets is None:
             topology = self.topology
             if self.occupancy is None:
                 per_block = torch.full((topology.num_blocks,), self.side**3, device=topology.device)
@@ -195,31 +216,31 @@ class Grid:
                 per_block = self.occupancy.sum(1)
             counts = torch.zeros(topology.num_samples, dtype=torch.long, device=topology.device)
             counts.index_add_(0, topology.coords[:, 0].long(), per_block)
-            self._offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).cpu()
-        return self._offsets
+            self._kept.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).cpu()
+        return self._kept.offsets
 
     @property
     def tap_table(self) -> Tensor:
         """[27, num_rows] int32, `neighbours` with one contiguous column per tap, as the kernels read it."""
-        if self._tap_table is None:
+        if self._kept.tap_table is None:
             from trellis.modules.sparse.kernels import tables
 
             blocks = self.topology.block_neighbours
             slots, row_of = (None, None) if self.is_dense else (self.slots, self.row_of)
-            self._tap_table = tables.tap_table(blocks, self.side, self.num_rows, slots, row_of)
-        return self._tap_table
+            self._kept.tap_table = tables.tap_table(blocks, self.side, self.num_rows, slots, row_of)
+        return self._kept.tap_table
 
     @property
     def sample_starts(self) -> Tensor:
         """[B + 1] int64 on the device: `sample_offsets` without a stall."""
-        if self._starts is None:
+        if self._kept.starts is None:
             blocks = self.topology.sample_starts
             if self.occupancy is None:
-                self._starts = blocks * self.side**3
+                self._kept.starts = blocks * self.side**3
             else:
                 rows = torch.nn.functional.pad(self.occupancy.sum(1).cumsum(0), (1, 0))
-                self._starts = rows[blocks]
-        return self._starts
+                self._kept.starts = rows[blocks]
+        return self._kept.starts
 
     @property
     def child_starts(self) -> Tensor:
@@ -227,9 +248,9 @@ class Grid:
 
         Set by `build_pyramid`; siblings are adjacent and in the order of their parents.
         """
-        if self._child_starts is None:
+        if self._kept.child_starts is None:
             raise ValueError("this grid has no finer grid below it")
-        return self._child_starts
+        return self._kept.child_starts
 
     def link_children(self, fine: Grid) -> None:
         """Derive `child_starts` from the next finer grid."""
@@ -240,18 +261,18 @@ class Grid:
         else:
             counts = fine.occupancy.reshape(-1, 8).sum(1, dtype=torch.int32)[self.slots]
             starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        self._child_starts = starts
+        self._kept.child_starts = starts
 
     def row_tiles(self, rows: int) -> RowTiles:
         """Tiles of at most `rows` rows of one sample each."""
-        if rows not in self._tiles:
+        if rows not in self._kept.tiles:
             if has_kernels(self.topology.device):
                 from trellis.modules.sparse.kernels import reduce
 
-                self._tiles[rows] = reduce.plan_tiles(self.sample_starts, self.num_rows, rows)
+                self._kept.tiles[rows] = reduce.plan_tiles(self.sample_starts, self.num_rows, rows)
             else:
-                self._tiles[rows] = plan_tiles(self.sample_starts, self.num_rows, rows)
-        return self._tiles[rows]
+                self._kept.tiles[rows] = plan_tiles(self.sample_starts, self.num_rows, rows)
+        return self._kept.tiles[rows]
 
     @property
     def coords(self) -> Tensor:

@@ -81,7 +81,6 @@ def bounded_windows(coords: Tensor, samples: int, size: int, shift: int, extent:
     # rows that open no window write into one extra place at the end, which is cut off
     cu_seqlens = torch.full((bound + 2,), m, dtype=torch.int32, device=device)
     cu_seqlens.scatter_(0, torch.where(opens, number, bound + 1), rows.int())
-    cu_seqlens[bound] = m
     inverse = torch.empty_like(order)
     inverse[order] = rows
     return WindowPlan(order, inverse, cu_seqlens[: bound + 1], min(m, size**3))

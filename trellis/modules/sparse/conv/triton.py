@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gather import CHILDREN, PARENTS
 from trellis.modules.sparse.conv.triton_gemm import gather_gemm
 from trellis.modules.sparse.conv.triton_scalar import scalar_backward, scalar_forward
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PARENTS
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
 from trellis.modules.sparse.levels import Grid
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PLAIN, CHILDREN, PARENTS = 0, 1, 2
-"""Which rows a tap reads: of the same grid; a child's 2x2x2 parents; the children that read a parent."""
-
 
 @triton.jit
 def child_tap(child, reduced):

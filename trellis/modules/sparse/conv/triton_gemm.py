@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gather import CHILDREN, PLAIN, gather
-from trellis.modules.sparse.conv.triton_tiles import Tile, gemm_tile
+from trellis.modules.sparse.conv.triton_gather import gather
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, gemm_tile
 from trellis.modules.sparse.kernels.support import dot_precision
 
 

@@ -11,8 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gather import CHILDREN, gather
-from trellis.modules.sparse.conv.triton_tiles import Tile, keeps_weight_gradient, scalar_backward_tile, scalar_tile
+from trellis.modules.sparse.conv.triton_gather import gather
+from trellis.modules.sparse.conv.triton_tiles import (
+    CHILDREN,
+    Tile,
+    keeps_weight_gradient,
+    scalar_backward_tile,
+    scalar_tile,
+)
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
 from trellis.modules.sparse.kernels.support import dot_precision
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.conv.triton_gather import CHILDREN, PLAIN, gather
-from trellis.modules.sparse.conv.triton_tiles import Tile, wgrad_tile
+from trellis.modules.sparse.conv.triton_gather import gather
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, wgrad_tile
 from trellis.modules.sparse.kernels.support import dot_precision
 
 MAX_PARTIAL_BYTES = 96 << 20
@@ -76,8 +76,8 @@ def gather_wgrad_kernel(
         of_child = 0
         if MODE == 1:
             of_child = tap // 8
-        target = base + (TAPS * C_IN + of_child) * C_OUT + columns
-        tl.store(target, total, mask=columns < C_OUT)
+        sums_at = base + (TAPS * C_IN + of_child) * C_OUT + columns
+        tl.store(sums_at, total, mask=columns < C_OUT)
 
 
 def gather_wgrad(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, CODES, WARPS = 64, 64, 4
+ROWS, CODES, WARPS = 128, 128, 8
 
 
 @triton.jit(do_not_specialize=["count", "codes"])
