@@ -257,7 +257,7 @@ def write_overview(data: str | Path, meshes: str | Path, path: str | Path, *, re
         decoded = read_mesh(meshes / f"{first[label]}_r{resolution}.stl")
         title = label.replace("_", " ")
         pictures.append([(truth.vertices, truth.faces), (decoded.vertices, decoded.faces)])
-        captions.append([f"{title}: input", f"{title}: from its tokens"])
+        captions.append([f"{title}: input", f"{title}: decoded"])
     # two structures a row; they share the row's view, as they lie in one head
     rows = [sum(pictures[i : i + 2], []) for i in range(0, len(pictures), 2)]
     write_png(path, render_grid(rows, labels=[sum(captions[i : i + 2], []) for i in range(0, len(captions), 2)]))
