@@ -1,7 +1,7 @@
 """The decoder's last stage in one kernel each way: subdivide, convolution, SiLU, Linear to a scalar, tanh.
 
-The forward pass goes from parents to one value per child. The backward pass recomputes the hidden features; one kernel
-makes their gradient for a few children at a time and, while it holds the gathered parents, the weight gradients.
+The forward pass goes from parents to one value per child. The backward pass recomputes the hidden features and makes
+their gradient for a few children at a time; the kernels of the other convolutions take it from there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
-from trellis.modules.sparse.conv.triton_tiles import (
-    CHILDREN,
-    Tile,
-    keeps_weight_gradient,
-    scalar_backward_tile,
-    scalar_tile,
-)
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, Tile, scalar_tile
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
 from trellis.modules.sparse.kernels.support import dot_precision
 
@@ -74,9 +68,9 @@ def scalar_forward_kernel(
 
 @triton.jit(do_not_specialize=["count", "first_child", "tiles", "shares"])
 def scalar_backward_kernel(
-    feats, weights, bias, out_weight, values, grad_values, grad_hidden, partial, sums, table,
+    feats, weights, bias, out_weight, values, grad_values, grad_hidden, sums, table,
     count, first_child, tiles, shares,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -86,26 +80,14 @@ def scalar_backward_kernel(
     columns = tl.arange(0, BN)
     known = columns < C_OUT
     readout = tl.load(out_weight + columns, mask=known, other=0.0).to(tl.float32)[None, :]
-    shift = tl.load(bias + columns, mask=known, other=0.0).to(tl.float32)[None, :]
     sum_hidden = tl.zeros([BN], tl.float32)
     sum_readout = tl.zeros([BN], tl.float32)
-    place = tl.arange(0, 8 * BK)
-    inside = (place % BK < C_IN)[:, None] & known[None, :]
-    offsets = (place // BK * C_IN + place % BK)[:, None] * C_OUT + columns[None, :]
-    if FUSED:
-        w = tl.load(weights + child * 8 * C_IN * C_OUT + offsets, mask=inside, other=0.0)
-        acc = tl.zeros([8 * BK, BN], tl.float32)
     for tile in range(share, tiles, shares):
         rows = tile * BM + tl.arange(0, BM).to(tl.int64)
         live = rows < count
-        if FUSED:
-            channels = tl.arange(0, BK)
-            a = gather(feats, table, count, rows, live, 0, channels, child, C_IN, 8, 1, 8, 8, BK)
-            hidden = tl.dot(a, w, input_precision=PRECISION) + shift
-        else:
-            hidden = child_hidden(
-                feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, TPS, PRECISION, BM, BN, BK
-            )
+        hidden = child_hidden(
+            feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, TPS, PRECISION, BM, BN, BK
+        )
         gate = 1.0 / (1.0 + tl.exp(-hidden))
         value = tl.load(values + rows * 8 + child, mask=live, other=0.0)
         outer = tl.load(grad_values + rows * 8 + child, mask=live, other=0.0) * (1.0 - value * value)
@@ -115,12 +97,8 @@ def scalar_backward_kernel(
         narrow = handed.to(grad_hidden.dtype.element_ty)
         target = grad_hidden + (rows * GROUP + local)[:, None] * C_OUT + columns[None, :]
         tl.store(target, narrow, mask=live[:, None] & known[None, :])
-        if FUSED:
-            acc = tl.dot(tl.trans(a), narrow, acc, input_precision=PRECISION)
     tl.store(sums + pid * 2 * BN + columns, sum_hidden)
     tl.store(sums + (pid * 2 + 1) * BN + columns, sum_readout)
-    if FUSED:
-        tl.store(partial + pid.to(tl.int64) * 8 * C_IN * C_OUT + offsets, acc, mask=inside)
 
 
 def scalar_forward(
@@ -156,23 +134,18 @@ def scalar_backward(
     """
     count = table.shape[1]
     c_in, c_out = collapsed.shape[-2:]
-    tile = tile or scalar_backward_tile(c_in, c_out, feats.dtype)
-    fused = keeps_weight_gradient(tile)
+    tile = tile or scalar_tile(c_in, c_out, feats.dtype)
     hidden = torch.empty(count * group, c_out, dtype=feats.dtype, device=feats.device)
     tiles = triton.cdiv(count, tile.rows)
     shares = max(1, min(tiles, programs // group))
     sums = torch.zeros(shares, group, 2, tile.columns, dtype=torch.float32, device=feats.device)
-    partial = torch.empty(shares if fused else 0, 8 * group, c_in, c_out, dtype=torch.float32, device=feats.device)
     if count:
         scalar_backward_kernel[(shares * group,)](
-            feats, collapsed, bias, out_weight, values, grad, hidden, partial if fused else sums, sums, table,
+            feats, collapsed, bias, out_weight, values, grad, hidden, sums, table,
             count, first_child, tiles, shares,
-            C_IN=c_in, C_OUT=c_out, GROUP=group, PRECISION=dot_precision(feats.dtype), FUSED=fused,
+            C_IN=c_in, C_OUT=c_out, GROUP=group, PRECISION=dot_precision(feats.dtype),
             BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    if fused and count:
-        grad_weight = partial.sum(0)
-    else:
-        grad_weight, _ = gather_wgrad(feats, hidden, table, mode=CHILDREN, first_child=first_child, group=group)
+    grad_weight, _ = gather_wgrad(feats, hidden, table, mode=CHILDREN, first_child=first_child, group=group)
     total = sums.sum((0, 1))[:, :c_out]
     return hidden, grad_weight, total[0], total[1]

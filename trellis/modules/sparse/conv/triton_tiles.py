@@ -9,9 +9,6 @@ import torch
 PLAIN, CHILDREN, PARENTS = 0, 1, 2
 """Which rows a tap reads: of the same grid; a child's 2x2x2 parents; the children that read a parent."""
 
-FUSED_TAPS, FUSED_WIDTH = 8, 32
-"""A tile that gathers all 8 reduced taps of up to this many channels keeps a child's weight gradient in registers."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -58,7 +55,6 @@ TUNED: dict[tuple[str, int, int, int], Tile] = {
     ("wgrad", CHILDREN, 64, 64): Tile(64, 64, 128, 1, 4, 3),
     ("wgrad", CHILDREN, 32, 32): Tile(32, 32, 128, 2, 4, 3),
     ("scalar", CHILDREN, 32, 32): Tile(128, 32, 32, 1, 4, 5),
-    ("scalar_backward", CHILDREN, 32, 32): Tile(128, 32, 32, 1, 4, 5),
 }
 """(kernel, mode, in, out) in 16 bit, on an H200: the fastest of 3 to 8 tries each on the published network's grids."""
 
@@ -88,7 +84,7 @@ def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
 
 
 def scalar_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
-    """Of `scalar_forward`: parents, all output channels, input channels."""
+    """Of `scalar_forward` and `scalar_backward`: parents, all output channels, input channels."""
     depth = max(16, min(64, _power_of_2(c_in)))
     columns = max(16, _power_of_2(c_out))
     if columns > 64:
@@ -97,19 +93,3 @@ def scalar_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(64, columns, min(depth, 32), 1, 4, 2)
     return TUNED.get(("scalar", 1, c_in, c_out), Tile(128, columns, depth, 1, 4, 3))
-
-
-def scalar_backward_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
-    """Of `scalar_backward`; with all 8 taps side by side it makes the weight gradient too."""
-    tile = scalar_tile(c_in, c_out, dtype)
-    rule = tile
-    if max(tile.depth, tile.columns) <= FUSED_WIDTH:
-        rule = Tile(32 if dtype == torch.float32 else 128, tile.columns, tile.depth, FUSED_TAPS, 8, 2)
-    if dtype == torch.float32:
-        return rule
-    return TUNED.get(("scalar_backward", 1, c_in, c_out), rule)
-
-
-def keeps_weight_gradient(tile: Tile) -> bool:
-    """Whether the backward kernel of the last stage makes the weight gradient itself."""
-    return tile.taps == FUSED_TAPS and max(tile.depth, tile.columns) <= FUSED_WIDTH

@@ -30,54 +30,56 @@ def gather_wgrad_kernel(
 ):  # fmt: skip
     TILES_M: tl.constexpr = (C_IN + BM - 1) // BM
     TILES_N: tl.constexpr = (C_OUT + BN - 1) // BN
+    COPIES: tl.constexpr = GROUP if MODE == 1 else 1
     pid = tl.program_id(0)
     split = tl.program_id(1).to(tl.int64)
-    first_channel = (pid % TILES_M) * BM
-    pid = pid // TILES_M
-    columns = (pid % TILES_N) * BN + tl.arange(0, BN)
-    tap = (pid // TILES_N) * TPS
-    channels = first_channel + tl.arange(0, BM)
-    # the sums of grad itself come from the programs of the first tap (of each child)
-    sums_too = (first_channel == 0) & (tap % 8 == 0 if MODE == 1 else tap == 0)
-    total = tl.zeros([BN], tl.float32)
-    if SWAP:
-        acc = tl.zeros([BN, TPS * BM], tl.float32)
-    else:
-        acc = tl.zeros([TPS * BM, BN], tl.float32)
+    base = partial + split * width
     first = split * share
     last = tl.minimum(first + share, count)
-    for start in range(first, last, BK):
-        rows = start + tl.arange(0, BK)
-        live = rows < last
-        a = gather(feats, table, count, rows, live, tap, channels, first_child, C_IN, TAPS, MODE, GROUP, TPS, BM)
-        source = rows
-        if MODE == 1:
-            source = rows * GROUP + tap // 8
-        pointers = grad + source[:, None] * C_OUT + columns[None, :]
-        if C_OUT % BN == 0:
-            g = tl.load(pointers, mask=live[:, None], other=0.0)
-        else:
-            g = tl.load(pointers, mask=live[:, None] & (columns < C_OUT)[None, :], other=0.0)
-        if sums_too:
-            total += tl.sum(g.to(tl.float32), 0)
+    if pid < TILES_N * COPIES:
+        # sums of grad over its rows: programs of their own, so that the products' loop has no branch
+        child = pid // TILES_N
+        columns = (pid % TILES_N) * BN + tl.arange(0, BN)
+        total = tl.zeros([BN], tl.float32)
+        for start in range(first, last, BK):
+            rows = start + tl.arange(0, BK)
+            inside = (rows < last)[:, None] & (columns < C_OUT)[None, :]
+            pointers = grad + (rows * COPIES + child)[:, None] * C_OUT + columns[None, :]
+            total += tl.sum(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), 0)
+        tl.store(base + (TAPS * C_IN + child) * C_OUT + columns, total, mask=columns < C_OUT)
+    else:
+        pid -= TILES_N * COPIES
+        first_channel = (pid % TILES_M) * BM
+        pid = pid // TILES_M
+        columns = (pid % TILES_N) * BN + tl.arange(0, BN)
+        tap = (pid // TILES_N) * TPS
+        channels = first_channel + tl.arange(0, BM)
         if SWAP:
-            acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+            acc = tl.zeros([BN, TPS * BM], tl.float32)
         else:
-            acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
-    place = tl.arange(0, TPS * BM)
-    of_tap, of_channel = tap + place // BM, first_channel + place % BM
-    inside = ((of_channel < C_IN) & (of_tap < TAPS))[:, None] & (columns < C_OUT)[None, :]
-    base = partial + split * width
-    target = base + (of_tap * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
-    if SWAP:
-        acc = tl.trans(acc)
-    tl.store(target, acc, mask=inside)
-    if sums_too:
-        of_child = 0
-        if MODE == 1:
-            of_child = tap // 8
-        sums_at = base + (TAPS * C_IN + of_child) * C_OUT + columns
-        tl.store(sums_at, total, mask=columns < C_OUT)
+            acc = tl.zeros([TPS * BM, BN], tl.float32)
+        for start in range(first, last, BK):
+            rows = start + tl.arange(0, BK)
+            live = rows < last
+            a = gather(feats, table, count, rows, live, tap, channels, first_child, C_IN, TAPS, MODE, GROUP, TPS, BM)
+            source = rows
+            if MODE == 1:
+                source = rows * GROUP + tap // 8
+            pointers = grad + source[:, None] * C_OUT + columns[None, :]
+            if C_OUT % BN == 0:
+                g = tl.load(pointers, mask=live[:, None], other=0.0)
+            else:
+                g = tl.load(pointers, mask=live[:, None] & (columns < C_OUT)[None, :], other=0.0)
+            if SWAP:
+                acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
+        if SWAP:
+            acc = tl.trans(acc)
+        place = tl.arange(0, TPS * BM)
+        of_tap, of_channel = tap + place // BM, first_channel + place % BM
+        inside = ((of_channel < C_IN) & (of_tap < TAPS))[:, None] & (columns < C_OUT)[None, :]
+        tl.store(base + (of_tap * C_IN + of_channel)[:, None] * C_OUT + columns[None, :], acc, mask=inside)
 
 
 def gather_wgrad(
@@ -120,7 +122,8 @@ def gather_wgrad(
     children = group if mode == CHILDREN else 1
     size = taps * c_in * c_out
     partial = torch.empty(splits, size + children * c_out, dtype=torch.float32, device=feats.device)
-    gather_wgrad_kernel[(width, splits)](
+    programs = width + children * triton.cdiv(c_out, tile.columns)
+    gather_wgrad_kernel[(programs, splits)](
         feats, grad, partial, table, count, share, first_child, partial.shape[1],
         C_IN=c_in, C_OUT=c_out, TAPS=taps, MODE=CHILDREN if mode == CHILDREN else PLAIN, GROUP=group,
         PRECISION=dot_precision(feats.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps,
