@@ -87,12 +87,15 @@ def bench(model: SparseSDFVQVAE, resolution: int, repeats: int, profiles: Path |
     target = batch["block_sdf"].float()
     encoder, decoder = (2e3 * x / RATE for x in multiply_adds(batch["level_sizes"]))
 
+    parameters = list(model.parameters())
+
     def step() -> None:
         out = model(batch)
         loss = (out["sdf"] - target).square().mean()
         loss = loss + out["codebook_rows"].mean() + 0.25 * out["commitment_rows"].mean()
         (LOSS_SCALE * loss).backward()
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         model.quantizer.discard()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ before its GELU. LayerNorms and GELU are recomputed. Rows are moved into window 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,19 +31,24 @@ def can_fuse(feats: Tensor) -> bool:
     )
 
 
+def _cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [p if p.dtype == dtype else p.to(dtype) for p in parameters]
+
+
 def _norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return aten.native_layer_norm(x, [x.shape[1]], None, None, EPS)
+    return aten.native_layer_norm.default(x, [x.shape[1]], None, None, EPS)
 
 
 def _norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return aten.native_layer_norm_backward(grad, x, [x.shape[1]], mean, rstd, None, None, [True, False, False])[0]
+    wanted = [True, False, False]
+    return aten.native_layer_norm_backward.default(grad, x, [x.shape[1]], mean, rstd, None, None, wanted)[0]
 
 
 def attention_forward(qkv: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[M, 3, heads, dim] by window -> output [M, heads, dim], log-sum-exp, and the two states of its kernel."""
     q, k, v = qkv.unbind(1)
     cu, longest = plan.cu_seqlens, plan.max_length
-    return aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, False, False)[:4]
+    return aten._flash_attention_forward.default(q, k, v, cu, cu, longest, longest, 0.0, False, False)[:4]
 
 
 def attention_backward(
@@ -51,7 +57,7 @@ def attention_backward(
     """Gradient [M, 3 * heads * dim] of the queries, keys and values."""
     q, k, v = qkv.unbind(1)
     cu, longest = plan.cu_seqlens, plan.max_length
-    grads = aten._flash_attention_backward(
+    grads = aten._flash_attention_backward.default(
         grad, q, k, v, out, lse, cu, cu, longest, longest, 0.0, False, states[0], states[1]
     )
     return torch.stack(grads[:3], 1).view(qkv.shape[0], -1)
@@ -72,7 +78,7 @@ class FusedBlock(torch.autograd.Function):
         """`parameters`: weight and bias of to_qkv, to_out, and the MLP's two Linears."""
         x = x.contiguous()
         rows, channels = x.shape
-        wq, bq, wo, bo, w1, b1, w2, b2 = (p.to(x.dtype) for p in parameters)
+        wq, bq, wo, bo, w1, b1, w2, b2 = _cast(parameters, x.dtype)
         normed, *norm1 = _norm(x)
         by_window = normed.index_select(0, plan.order)
         qkv = torch.addmm(bq, by_window, wq.t()).view(rows, 3, heads, channels // heads)
@@ -93,10 +99,10 @@ class FusedBlock(torch.autograd.Function):
         x, mean1, rstd1, qkv, out, lse, state0, state1, middle, mean2, rstd2, hidden = saved[:12]
         parameters, plan = saved[12:], ctx.plan
         types = [p.dtype for p in parameters]
-        wq, _, wo, _, w1, _, w2, _ = (p if i % 2 else p.to(x.dtype) for i, p in enumerate(parameters))
+        wq, _, wo, _, w1, _, w2, _ = _cast(parameters, x.dtype)
         grad = grad.contiguous()
         handed, d_w2, d_b2 = _linear_backward(grad, F.gelu(hidden, approximate="tanh"), w2, (types[6], types[7]))
-        handed = aten.gelu_backward(handed, hidden, approximate="tanh")
+        handed = aten.gelu_backward.default(handed, hidden, approximate="tanh")
         handed, d_w1, d_b1 = _linear_backward(handed, _norm(middle)[0], w1, (types[4], types[5]))
         grad = _norm_backward(handed, middle, mean2, rstd2).add_(grad)
         handed = grad.index_select(0, plan.order)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
 from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, gemm_tile
-from trellis.modules.sparse.kernels.support import dot_precision
+from trellis.modules.sparse.kernels.support import cdiv, dot_precision
 
 
 @triton.jit(do_not_specialize=["count", "first_child"])
@@ -98,7 +98,7 @@ def gather_gemm(
     if count == 0:
         return out
     tile = tile or gemm_tile(c_in, c_out, mode, feats.dtype)
-    programs = triton.cdiv(count, tile.rows) * triton.cdiv(c_out, tile.columns) * (group if mode == CHILDREN else 1)
+    programs = cdiv(count, tile.rows) * cdiv(c_out, tile.columns) * (group if mode == CHILDREN else 1)
     gather_gemm_kernel[(programs,)](
         feats, weights, weights if bias is None else bias, out, table, count, first_child,
         C_IN=c_in, C_OUT=c_out, TAPS=(27, 8, 8 * group)[mode], MODE=mode, GROUP=group,

@@ -14,7 +14,7 @@ from torch import Tensor
 from trellis.modules.sparse.conv.triton_gather import gather
 from trellis.modules.sparse.conv.triton_tiles import CHILDREN, Tile, scalar_tile
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
-from trellis.modules.sparse.kernels.support import dot_precision
+from trellis.modules.sparse.kernels.support import cdiv, dot_precision
 
 PROGRAMS = 132 * 3
 """Programs of the backward kernel; each keeps its sums over many rows."""
@@ -111,7 +111,7 @@ def scalar_forward(
     values = torch.empty(count, 8, dtype=torch.float32, device=feats.device)
     tile = tile or scalar_tile(c_in, c_out, feats.dtype)
     if count:
-        scalar_forward_kernel[(triton.cdiv(count, tile.rows) * 8,)](
+        scalar_forward_kernel[(cdiv(count, tile.rows) * 8,)](
             feats, collapsed, bias, out_weight, out_bias, values, table, count,
             C_IN=c_in, C_OUT=c_out, PRECISION=dot_precision(feats.dtype),
             BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, num_warps=tile.warps, num_stages=tile.stages,
@@ -136,7 +136,7 @@ def scalar_backward(
     c_in, c_out = collapsed.shape[-2:]
     tile = tile or scalar_tile(c_in, c_out, feats.dtype)
     hidden = torch.empty(count * group, c_out, dtype=feats.dtype, device=feats.device)
-    tiles = triton.cdiv(count, tile.rows)
+    tiles = cdiv(count, tile.rows)
     shares = max(1, min(tiles, programs // group))
     sums = torch.zeros(shares, group, 2, tile.columns, dtype=torch.float32, device=feats.device)
     if count:

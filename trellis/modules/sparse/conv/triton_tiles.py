@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trellis.modules.sparse.kernels.support import power_of_2
+
 PLAIN, CHILDREN, PARENTS = 0, 1, 2
 """Which rows a tap reads: of the same grid; a child's 2x2x2 parents; the children that read a parent."""
 
@@ -59,14 +61,10 @@ TUNED: dict[tuple[str, int, int, int], Tile] = {
 """(kernel, mode, in, out) in 16 bit, on an H200: the fastest of 3 to 8 tries each on the published network's grids."""
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n > 1 else 1
-
-
 def gemm_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
     """Of `gather_gemm`: rows, output channels, input channels."""
-    depth = max(16, min(64, _power_of_2(c_in)))
-    columns = max(16, min(128, _power_of_2(c_out)))
+    depth = max(16, min(64, power_of_2(c_in)))
+    columns = max(16, min(128, power_of_2(c_out)))
     if dtype == torch.float32:
         return Tile(64, min(columns, 64), min(depth, 32), 1, 4, 2)
     rule = Tile(128, columns, depth, 1, 4 if columns <= 64 else 8, 5 if depth == 64 else 3)
@@ -75,8 +73,8 @@ def gemm_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
 
 def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
     """Of `gather_wgrad`: input channels, output channels, rows of a step."""
-    rows = max(16, min(128, _power_of_2(c_in)))
-    columns = max(16, min(128, _power_of_2(c_out)))
+    rows = max(16, min(128, power_of_2(c_in)))
+    columns = max(16, min(128, power_of_2(c_out)))
     if dtype == torch.float32:
         return Tile(min(rows, 64), min(columns, 64), 32, 1, 4, 2)
     rule = Tile(rows, columns, 64, 1, 8 if rows * columns > 64 * 128 else 4, 3, swap=rows < 64 <= columns)
@@ -85,8 +83,8 @@ def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
 
 def scalar_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
     """Of `scalar_forward` and `scalar_backward`: parents, all output channels, input channels."""
-    depth = max(16, min(64, _power_of_2(c_in)))
-    columns = max(16, _power_of_2(c_out))
+    depth = max(16, min(64, power_of_2(c_in)))
+    columns = max(16, power_of_2(c_out))
     if columns > 64:
         # all output channels in one tile: fewer rows
         return Tile(max(16, 4096 // columns), columns, min(depth, 16 if columns > 256 else 32), 1, 8, 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
 from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, wgrad_tile
-from trellis.modules.sparse.kernels.support import dot_precision
+from trellis.modules.sparse.kernels.support import cdiv, dot_precision
 
 MAX_PARTIAL_BYTES = 96 << 20
 """Bound of the partial sums of one launch."""
@@ -111,18 +111,18 @@ def gather_wgrad(
         empty = {"dtype": dtype, "device": feats.device}
         return torch.zeros(taps, c_in, c_out, **empty), torch.zeros(c_out, **empty)
     tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype)
-    width = triton.cdiv(taps, tile.taps) * triton.cdiv(c_in, tile.rows) * triton.cdiv(c_out, tile.columns)
+    width = cdiv(taps, tile.taps) * cdiv(c_in, tile.rows) * cdiv(c_out, tile.columns)
     splits = min(
-        max(1, triton.cdiv(programs, width)),
+        max(1, cdiv(programs, width)),
         max(1, MAX_PARTIAL_BYTES // (4 * taps * c_in * c_out)),
-        triton.cdiv(count, 4 * tile.depth),
+        cdiv(count, 4 * tile.depth),
     )
-    share = triton.cdiv(triton.cdiv(count, splits), tile.depth) * tile.depth
-    splits = triton.cdiv(count, share)
+    share = cdiv(cdiv(count, splits), tile.depth) * tile.depth
+    splits = cdiv(count, share)
     children = group if mode == CHILDREN else 1
     size = taps * c_in * c_out
     partial = torch.empty(splits, size + children * c_out, dtype=torch.float32, device=feats.device)
-    programs = width + children * triton.cdiv(c_out, tile.columns)
+    programs = width + children * cdiv(c_out, tile.columns)
     gather_wgrad_kernel[(programs, splits)](
         feats, grad, partial, table, count, share, first_child, partial.shape[1],
         C_IN=c_in, C_OUT=c_out, TAPS=taps, MODE=CHILDREN if mode == CHILDREN else PLAIN, GROUP=group,

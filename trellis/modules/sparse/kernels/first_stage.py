@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trellis.modules.sparse.kernels.reduce import sum_moments, sum_tiles
+from trellis.modules.sparse.kernels.support import cdiv, power_of_2
 from trellis.modules.sparse.levels import Grid
 
 BLOCKS = 8
@@ -125,7 +126,7 @@ def value_moments(values: Tensor, exists: Tensor, block_starts: Tensor) -> tuple
     blocks, cells = values.shape
     counts, means, squares = (torch.empty(blocks, dtype=torch.float32, device=values.device) for _ in range(3))
     if blocks:
-        grid = (triton.cdiv(blocks, BLOCKS),)
+        grid = (cdiv(blocks, BLOCKS),)
         exists = exists.view(torch.uint8)
         block_moments_kernel[grid](values, exists, counts, means, squares, blocks, CELLS=cells, BB=BLOCKS)
     rows, mean, square = sum_moments(counts, means[:, None], squares[:, None], block_starts)
@@ -133,7 +134,7 @@ def value_moments(values: Tensor, exists: Tensor, block_starts: Tensor) -> tuple
 
 
 def _shape(channels: int) -> dict[str, int]:
-    wide = triton.next_power_of_2(channels)
+    wide = power_of_2(channels)
     return {"C": channels, "BC": wide, "RB": max(4, min(TILE_ROWS, STEP_ELEMENTS // wide))}
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trellis.modules.sparse.kernels.support import cdiv, power_of_2
+
 ROWS, CODES, WARPS = 128, 128, 8
 
 
@@ -41,8 +43,8 @@ def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
     out = torch.empty(count, dtype=torch.int64, device=rows.device)
     if count:
         half_norm = 0.5 * codebook.square().sum(1)
-        nearest_kernel[(triton.cdiv(count, ROWS),)](
+        nearest_kernel[(cdiv(count, ROWS),)](
             rows.contiguous(), codebook.contiguous(), half_norm, out, count, codebook.shape[0],
-            L=width, BL=max(16, triton.next_power_of_2(width)), BM=ROWS, BK=CODES, num_warps=WARPS,
+            L=width, BL=max(16, power_of_2(width)), BM=ROWS, BK=CODES, num_warps=WARPS,
         )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trellis.modules.sparse.kernels.reduce import group_gradients, group_moments
+from trellis.modules.sparse.kernels.support import power_of_2
 from trellis.modules.sparse.levels import Grid
 
 TILE_ROWS, POOLED_ROWS = 512, 128
@@ -163,7 +164,7 @@ def backward_kernel(
 
 def shape_of(channels: int) -> dict[str, int]:
     """Constants of a launch: channels, padded to a power of two, and rows of a step."""
-    wide = triton.next_power_of_2(channels)
+    wide = power_of_2(channels)
     return {"C": channels, "BC": wide, "RB": max(4, min(TILE_ROWS, STEP_ELEMENTS // wide))}
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trellis.modules.sparse.kernels.support import cdiv, power_of_2
 from trellis.modules.sparse.plans import RowTiles
 
 COLUMNS = 16
@@ -66,7 +67,7 @@ def sum_tiles(partial: Tensor, first: Tensor) -> Tensor:
     samples, columns = first.numel() - 1, partial.shape[1]
     out = torch.empty(samples, columns, dtype=torch.float32, device=partial.device)
     if samples:
-        grid = (samples, triton.cdiv(columns, COLUMNS))
+        grid = (samples, cdiv(columns, COLUMNS))
         tile_sums_kernel[grid](partial, first, out, columns, BT=TILES, BC=COLUMNS)
     return out
 
@@ -83,7 +84,7 @@ def sum_moments(counts: Tensor, means: Tensor, squares: Tensor, first: Tensor) -
     total = torch.empty(samples, dtype=torch.float32, device=means.device)
     mean, square = (torch.empty(samples, columns, dtype=torch.float32, device=means.device) for _ in range(2))
     if samples:
-        grid = (samples, triton.cdiv(columns, COLUMNS))
+        grid = (samples, cdiv(columns, COLUMNS))
         tile_moments_kernel[grid](
             counts, means, squares, first, total, mean, square, columns, BT=TILES, BC=COLUMNS
         )
@@ -193,10 +194,10 @@ def spans_kernel(starts, spans, first, samples, tiles, rows, BT: tl.constexpr):
 def plan_tiles(starts: Tensor, num_rows: int, rows: int) -> RowTiles:
     """`trellis.modules.sparse.plans.plan_tiles` in one launch."""
     samples = starts.numel() - 1
-    tiles = triton.cdiv(num_rows, rows) + samples
+    tiles = cdiv(num_rows, rows) + samples
     spans = torch.empty(tiles, 3, dtype=torch.int64, device=starts.device)
     first = torch.empty(samples + 1, dtype=torch.int64, device=starts.device)
-    spans_kernel[(triton.cdiv(max(tiles, 1), TILES),)](starts, spans, first, samples, tiles, rows, BT=TILES)
+    spans_kernel[(cdiv(max(tiles, 1), TILES),)](starts, spans, first, samples, tiles, rows, BT=TILES)
     return RowTiles(spans, first, rows)
 
 
@@ -215,7 +216,7 @@ def group_moments(
         width = channels // groups
         group_moments_kernel[(samples, groups)](
             tiles.spans, means, squares, tiles.first, weight, eps, mean, rstd, scale,
-            C=channels, WIDTH=width, BW=triton.next_power_of_2(width), BT=TILES,
+            C=channels, WIDTH=width, BW=power_of_2(width), BT=TILES,
         )  # fmt: skip
     return mean, rstd, scale
 
@@ -231,6 +232,6 @@ def group_gradients(
         width = channels // groups
         group_gradients_kernel[(samples, groups)](
             sums, tiles.first, starts, scale, grad_bias, grad_weight, offset, slope,
-            C=channels, WIDTH=width, BW=triton.next_power_of_2(width), BT=TILES,
+            C=channels, WIDTH=width, BW=power_of_2(width), BT=TILES,
         )  # fmt: skip
     return grad_bias, grad_weight, offset, slope

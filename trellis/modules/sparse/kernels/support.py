@@ -32,3 +32,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
         return "ieee"
     return "tf32"
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). In plain Python: Triton's own takes ten times as long, and a step asks hundreds of times."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1

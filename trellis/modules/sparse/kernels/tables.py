@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trellis.modules.sparse.kernels.support import cdiv
+
 ROWS = 256
 
 
@@ -103,7 +105,7 @@ def cell_keys(coords: Tensor, size: int = 1, shift: int = 0) -> Tensor:
     count = coords.shape[0]
     keys = torch.empty(count, dtype=torch.int64, device=coords.device)
     if count:
-        keys_kernel[(triton.cdiv(count, ROWS),)](coords.contiguous(), keys, count, shift, SIZE=size, ROWS=ROWS)
+        keys_kernel[(cdiv(count, ROWS),)](coords.contiguous(), keys, count, shift, SIZE=size, ROWS=ROWS)
     return keys
 
 
@@ -114,7 +116,7 @@ def block_neighbours(coords: Tensor) -> Tensor:
     if count:
         coords = coords.contiguous()
         keys, order = torch.sort(cell_keys(coords))
-        grid = (triton.cdiv(count, ROWS), 27)
+        grid = (cdiv(count, ROWS), 27)
         block_neighbours_kernel[grid](coords, keys, order, out, count, count.bit_length(), ROWS=ROWS)
     return out
 
@@ -129,7 +131,7 @@ def tap_table(blocks: Tensor, side: int, count: int, slots: Tensor | None, row_o
     out = torch.empty(27, count, dtype=torch.int32, device=blocks.device)
     if count:
         dense = slots is None
-        grid = (triton.cdiv(count, ROWS), 27)
+        grid = (cdiv(count, ROWS), 27)
         tap_table_kernel[grid](
             blocks, blocks if dense else slots, blocks if dense else row_of, out, count,
             DENSE=dense, LOG=side.bit_length() - 1, ROWS=ROWS,
