@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trellis.modules.sparse.conv.collapse import collapse_weight
 from trellis.modules.sparse.levels import Grid
 
 MAX_VOLUME_PER_ROW = {True: 4.0, False: 1.5}
@@ -30,7 +31,7 @@ class DensePlan:
 
     Attributes:
         shape: (samples, x, y, z) voxels. index: [N] int64 flat position of each row.
-        child_index: [8 N] int64 position of each row's children in the volume of twice the sides.
+        child_index: [8 N] int64 position of each row's children in the output of `subdivide_conv3d`'s convolution.
     """
 
     shape: tuple[int, int, int, int]
@@ -62,9 +63,9 @@ def dense_plan(grid: Grid) -> DensePlan:
         batch, x, y, z = (grid.coords - torch.tensor([0, *low])).long().unbind(1)
         index = ((batch * shape[1] + x) * shape[2] + y) * shape[3] + z
         child = torch.arange(8)
-        cx, cy, cz = (2 * a[:, None] + p for a, p in zip((x, y, z), (child >> 2, child >> 1 & 1, child & 1)))
-        children = ((batch[:, None] * 2 * shape[1] + cx) * 2 * shape[2] + cy) * 2 * shape[3] + cz
-        grid.dense_plan = DensePlan(shape, index, children.reshape(-1))
+        cx, cy, cz = (a[:, None] + p for a, p in zip((x, y, z), (child >> 2, child >> 1 & 1, child & 1)))
+        corner = ((batch[:, None] * (shape[1] + 1) + cx) * (shape[2] + 1) + cy) * (shape[3] + 1) + cz
+        grid.dense_plan = DensePlan(shape, index, (corner * 8 + child).reshape(-1))
     return grid.dense_plan
 
 
@@ -119,16 +120,18 @@ def submanifold_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, grid:
 
 
 def subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
-    """As `functional.subdivide_conv3d`, as a transposed convolution of stride 2: [N, in] -> [8 N, out].
+    """As `functional.subdivide_conv3d`, as one 2x2x2 convolution with 8 times the channels: [N, in] -> [8 N, out].
 
-    Output voxel 2 P + p takes parent P through kernel element p + 1, P - 1 through 3 (p = 0), P + 1 through 0 (p = 1);
-    per axis these are the taps {+1}, {0, +1}, {-1, 0}, {-1} for elements 0 to 3.
+    On the volume padded by 1, output corner q reads parents q - 1 and q per axis, and the child of parity p of parent P
+    reads P + p - 1 and P + p: corner P + p holds it.
     """
     plan = dense_plan(grid)
-    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    by_axis = weight.view(3, 3, 3, *weight.shape[1:])  # [dz, dy, dx, in, out]
-    kernel = torch.einsum("zyxab,iz,jy,kx->abkji", by_axis, taps, taps, taps)
-    return _to_rows(F.conv_transpose3d(_to_volume(feats, plan), kernel, bias, stride=2, padding=1), plan.child_index)
+    c_in, c_out = weight.shape[1:]
+    # [child, tx, ty, tz, in, out] -> [child * out, in, tx, ty, tz]
+    kernel = collapse_weight(weight).view(8, 2, 2, 2, c_in, c_out).permute(0, 5, 4, 1, 2, 3).reshape(-1, c_in, 2, 2, 2)
+    corners = F.conv3d(_to_volume(feats, plan), kernel, None if bias is None else bias.repeat(8), padding=1)
+    rows = corners.permute(0, 2, 3, 4, 1).reshape(-1, c_out)
+    return _Gather.apply(rows, plan.child_index)
 
 
 def subdivide_conv_to_scalar(
