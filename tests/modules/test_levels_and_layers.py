@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from sparse_batches import random_pyramid
@@ -186,3 +189,18 @@ def test_position_embedding_formula():
             assert abs(out[axis * 2 * count + count + i] - angle.cos()) < 1e-6
     assert (out[6 * count :] == 0).all()
     torch.testing.assert_close(position_embedding(coords * 2, 64), position_embedding(coords, 64, factor=2))
+
+
+def test_tables_are_freed_with_their_batch():
+    """By reference counting alone: on a GPU they would otherwise stay until Python looks for circles."""
+    pyramid = random_pyramid([5, 3])
+    topology = pyramid.topology
+    table = topology.dense_grid(2).neighbours
+    assert topology.dense_grid(2).neighbours is table
+    kept = [weakref.ref(x) for x in (topology, table, pyramid.grids[1].neighbours)]
+    gc.disable()
+    try:
+        del pyramid, topology, table
+        assert [x() for x in kept] == [None] * 3
+    finally:
+        gc.enable()
