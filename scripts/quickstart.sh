@@ -6,7 +6,7 @@
 # A run that was stopped continues where it was. Exit code 3: the promised accuracy was missed.
 #
 #   VENV=DIR      the virtual environment (default: the active one, else OUT/.venv)
-#   SUBJECTS=N    size of the cohort (default 32)
+#   SUBJECTS=N    size of the cohort (default 28)
 #   STEPS=N       training steps (default: those of the config); for trying things out
 #   PROCESSES=N   training processes (default: one per core, 1, 2 or 4)
 #   PYTHON=EXE    Python that makes the environment (default python3)
@@ -58,7 +58,7 @@ install() {
 }
 
 cohort() {
-    python -W ignore -m dataset_toolkits.datasets.TemplateCohort "$out/source" --subjects "${SUBJECTS:-32}"
+    python -W ignore -m dataset_toolkits.datasets.TemplateCohort "$out/source" --subjects "${SUBJECTS:-28}"
 }
 
 prepare() {

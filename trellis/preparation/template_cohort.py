@@ -44,7 +44,7 @@ class CohortSettings:
         spacing_mm: voxel edge of the label volumes, in whole mm.
     """
 
-    subjects: int = 32
+    subjects: int = 28
     seed: int = 0
     rms_mm: float = 4.0
     smoothness_mm: float = 18.0
