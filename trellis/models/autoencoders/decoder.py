@@ -88,23 +88,42 @@ class SparseSDFDecoder(nn.Module):
         backend: str = "auto",
     ) -> Tensor:
         """[M, L] -> TSDF [M, 512] in (-1, 1), slots in Morton order; float32 (float64 for float64)."""
-        x = self.input_layer(latent.to(dtype))
-        x = embed_positions(x, topology, factor)
+        x = self.embed(latent, topology, dtype, factor)
         for block in self.blocks:
             x = block(x, topology, fused)
+        return self.fine(self.coarse(x, topology, fused, backend), topology, fused, backend)
+
+    def embed(self, latent: Tensor, topology: Topology, dtype: torch.dtype, factor: float | None = None) -> Tensor:
+        """[M, L] -> [M, C], before the first transformer block."""
+        return embed_positions(self.input_layer(latent.to(dtype)), topology, factor)
+
+    def coarse(self, x: Tensor, topology: Topology, fused: bool = True, backend: str = "auto") -> Tensor:
+        """[M, C], after the last transformer block -> what `fine` reads: [8 M, C / 8] at two voxels a block and axis.
+
+        The up blocks are cut in two here, where a block of 8-cubed voxels has the fewest numbers, for `split_decode`.
+        """
+        first, second = self.upsample[0], self.upsample[1]
         level = SparseTensor(x, topology.dense_grid(1))
         if not fused:
-            for block in self.upsample:
-                level = block.plain(level, backend)
+            level = first.plain(level, backend)
+            return F.silu(second.act_layers[0](level.feats, level.grid, backend=backend))
+        level = first(level, False, backend)
+        return second.act_layers[0](level.feats, level.grid, activate=True, backend=backend)
+
+    def fine(self, x: Tensor, topology: Topology, fused: bool = True, backend: str = "auto") -> Tensor:
+        """What `coarse` made, [8 M, C / 8] -> TSDF [M, 512]."""
+        second, third = self.upsample[1], self.upsample[2]
+        grid, children = topology.dense_grid(2), topology.dense_grid(4)
+        if not fused:
+            x = F.silu(second.out_layers[0](x.repeat_interleave(8, dim=0), children, backend=backend))
+            level = third.plain(SparseTensor(x, children), backend)
             x = self.out_layer(level.feats)
             return torch.tanh(x.to(torch.promote_types(x.dtype, torch.float32))).view(-1, 512)
-        for i, block in enumerate(list(self.upsample)[:2]):
-            level = block(level, i > 0, backend)
-        grid, block = level.grid, self.upsample[2]
-        x = block.act_layers[0](level.feats, grid, activate=True, backend=backend)
-        kernel, bias = block.out_layers[0].cast(x.dtype)
+        x = second.out_layers[0](x, grid, subdivide=True, activate=True, backend=backend)
+        x = third.act_layers[0](x, children, activate=True, backend=backend)
+        kernel, bias = third.out_layers[0].cast(x.dtype)
         out_weight, out_bias = self.out_layer.weight.to(x.dtype), self.out_layer.bias.to(x.dtype)
-        values = subdivide_conv_to_scalar(x, kernel, bias, out_weight, out_bias, grid, activate=True, backend=backend)
+        values = subdivide_conv_to_scalar(
+            x, kernel, bias, out_weight, out_bias, children, activate=True, backend=backend
+        )
         return values.view(-1, 512)
-
-
