@@ -17,8 +17,15 @@ _RANK_LIMIT = 0.1
 """Eigenvalues below this share of the largest are directions along the feature, where the planes say nothing."""
 _MAX_OUTSIDE = 1.0
 """A feature point farther outside its cell (voxels) is not believed; tips without a voxel centre lie outside a bit."""
-_PULL = 2e-3
-"""Feature points go this share of the way to the middle of their loop, so that no two vertices come to lie together."""
+_PULLS = (2e-3, 0.1, 0.3, 0.5)
+"""Feature points go the first of these shares of the way to the middle of their loop with which no triangle of the fan
+folds over; never none of it, so that no two vertices come to lie together."""
+_FLAT_VOXELS = 0.03
+"""Neighbours of a vertex lie in its tangent plane to this: a flat side, as of a polyhedron, or a radius above 16."""
+_REACH_VOXELS = 0.35
+"""A vertex moves at most so far along its grid edge to the plane of a flat side."""
+_ROUNDS = 3
+_BEND_COSINE = 0.9
 _CHUNK_FACES = 1 << 20
 
 
@@ -39,6 +46,7 @@ def sharpen(
     Returns:
         vertices, normals and faces; the normals of new vertices are zero.
     """
+    vertices, normals, reliable = _extend_flat_sides(vertices, normals, reliable, faces)
     loops, first_rows = _sharp_loops(normals, reliable, faces, table_rows)
     if not len(loops):
         return vertices, normals, faces
@@ -47,7 +55,6 @@ def sharpen(
     used = corner >= 0
     ring = faces.reshape(-1)[first_rows[:, None] * 3 + np.maximum(corner, 0)]
     centre, believed = _feature_points(vertices, normals, reliable, ring, used)
-    believed &= ~_folds_over(vertices, normals, ring, used, centre)
     loops, first_rows, ring, used, centre = (x[believed] for x in (loops, first_rows, ring, used, centre))
     if not len(loops):
         return vertices, normals, faces
@@ -86,25 +93,141 @@ def _sharp_loops(
     return loop[index], first
 
 
+def _extend_flat_sides(
+    vertices: np.ndarray, normals: np.ndarray, reliable: np.ndarray, faces: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give vertices without a well-known normal the tangent plane of a flat side that they are next to.
+
+    Next to a sharp edge the field's differences mix both sides, so that vertices there have neither a good normal nor a
+    good place on their grid edge. Where a neighbour's tangent plane is flat (it holds the neighbour's own neighbours)
+    and cuts the vertex's grid edge near the vertex, that plane is the surface there. Two rounds, since the differences
+    reach two voxels far. Smooth surfaces have well-known normals, and bent ones no flat sides: both stay as they are.
+
+    Returns:
+        vertices, normals and reliable, new arrays where anything changed.
+    """
+    if reliable.all():
+        return vertices, normals, reliable
+    links = _directed_edges(faces[~reliable[faces].all(axis=1)])
+    near = np.zeros(len(vertices), dtype=bool)  # within two steps of a vertex without a normal
+    near[links] = True
+    links = _directed_edges(faces[near[faces].any(axis=1)])
+    same = np.einsum("ij,ij->i", normals[links[:, 0]], normals[links[:, 1]]) > _SHARP_COSINE
+    one, two = links[same & reliable[links[:, 0]] & reliable[links[:, 1]]].T
+    height = np.einsum("ij,ij->i", vertices[two] - vertices[one], normals[one])
+    side = reliable & (np.bincount(one, minlength=len(vertices)) >= 4)  # two neighbours, each in two triangles
+    side[one[np.abs(height) > _FLAT_VOXELS]] = False
+    plane = np.where(side, np.arange(len(vertices)), -1)  # the vertex whose tangent plane each one has
+    vertices, normals, reliable = vertices.copy(), normals.copy(), reliable.copy()
+    axis = np.abs(vertices - np.rint(vertices)).argmax(axis=1)  # of the grid edge
+    for _ in range(_ROUNDS):
+        one, two = links[(plane[links[:, 0]] < 0) & (plane[links[:, 1]] >= 0)].T
+        bent = np.einsum("ij,ij->i", normals[one], normals[two]) < _BEND_COSINE
+        unsure = ~reliable
+        unsure[one[bent]] = True
+        vertex, giver = one[unsure[one]], plane[two[unsure[one]]]
+        normal = normals[giver].astype(np.float64)
+        height = np.einsum("ij,ij->i", vertices[vertex] - vertices[giver], normal)
+        slope = normal[np.arange(len(vertex)), axis[vertex]]
+        move = np.where(slope == 0, np.inf, -height / np.where(slope == 0, 1, slope))
+        here = vertices[vertex, axis[vertex]]
+        low = np.floor(here)
+        fits = (np.abs(move) < _REACH_VOXELS) & (here + move > low) & (here + move < low + 1)
+        vertex, giver, slope, here, low = vertex[fits], giver[fits], slope[fits], (here + move)[fits], low[fits]
+        # Several planes: on a convex edge the surface is the innermost of them, on a concave one the outermost. Convex
+        # is where the planes' own vertices lie below each other's planes.
+        _, group = np.unique(vertex, return_inverse=True)
+        normal, home = normals[giver].astype(np.float64), vertices[giver]
+        count = np.bincount(group)
+        centroid = np.stack([np.bincount(group, home[:, k]) for k in range(3)], axis=-1) / count[:, None]
+        below = np.bincount(group, np.einsum("ij,ij->i", centroid[group] - home, normal))
+        outward = here * np.sign(slope) * np.where(below < 0, 1, -1)[group]
+        best = np.lexsort((outward, vertex))
+        vertex, first = np.unique(vertex[best], return_index=True)
+        best = best[first]
+        plane[vertex], normals[vertex], reliable[vertex] = giver[best], normals[giver[best]], True
+        # like all vertices, these keep off the voxel centres
+        vertices[vertex, axis[vertex]] = np.clip(here[best], low[best] + 1e-3, low[best] + 1 - 1e-3)
+    return vertices, normals, reliable
+
+
+def _directed_edges(faces: np.ndarray) -> np.ndarray:
+    """[6 F, 2], each side of each face both ways."""
+    return np.concatenate([faces[:, pair] for pair in ([0, 1], [1, 2], [2, 0], [1, 0], [2, 1], [0, 2])])
+
+
 def _feature_points(
     vertices: np.ndarray, normals: np.ndarray, reliable: np.ndarray, ring: np.ndarray, used: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points [L, 3] closest to the tangent planes at rings [L, 7] of vertices; whether they can be used."""
+    """Points [L, 3] closest to the tangent planes at rings [L, 7] of vertices; whether they can be used.
+
+    A loop on an edge that ends nearby sees only the edge's two planes. With those of the adjacent loops it finds the
+    corner, and the loop nearest to a corner takes it.
+    """
     position = vertices[ring]
     weight = used.astype(np.float64)
     middle = (position * weight[:, :, None]).sum(axis=1) / weight.sum(axis=1)[:, None]
-    normal = normals[ring].astype(np.float64) * (used & reliable[ring])[:, :, None]
-    height = (normal * (position - middle[:, None])).sum(axis=2)
-    values, vectors = np.linalg.eigh(np.einsum("lki,lkj->lij", normal, normal))
-    solid = values > _RANK_LIMIT * values[:, -1:]
-    along = np.einsum("lij,li->lj", vectors, np.einsum("lki,lk->li", normal, height))
-    along = np.where(solid, along / np.where(solid, values, 1), 0)
-    point = middle + np.einsum("lij,lj->li", vectors, along)
     low = np.floor(np.where(used[:, :, None], position, np.inf).min(axis=1))
-    near = np.abs(point - np.clip(point, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
-    point += _PULL * (middle - point)
-    _, number, count = np.unique(np.round(point, 6), axis=0, return_inverse=True, return_counts=True)
-    return point, near & (count[number.reshape(-1)] == 1)
+    normal = normals[ring].astype(np.float64) * (used & reliable[ring])[:, :, None]
+    matrix = np.einsum("lki,lkj->lij", normal, normal)
+    right = np.einsum("lki,lk->li", normal, (normal * position).sum(axis=2))
+    edge_point, edge_rank = _closest_to_planes(matrix, right, middle)
+    near = np.abs(edge_point - np.clip(edge_point, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
+
+    one, two = _adjacent_loops(ring, used)
+    wide_matrix, wide_right = matrix.copy(), right.copy()
+    for a, b in ((one, two), (two, one)):
+        np.add.at(wide_matrix, a, matrix[b])
+        np.add.at(wide_right, a, right[b])
+    corner, rank = _closest_to_planes(wide_matrix, wide_right, middle)
+    at_corner = (edge_rank < 3) & (rank == 3)
+    at_corner &= np.abs(corner - np.clip(corner, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
+    away = np.where(at_corner, np.linalg.norm(corner - middle, axis=1), np.inf)
+    away[edge_rank == 3] = -1  # has its corner already
+    at_corner[np.where(away[one] > away[two], one, two)] = False
+    point = np.where(at_corner[:, None], corner, edge_point)
+    usable = near | at_corner
+
+    result, believed = np.empty_like(point), np.zeros(len(point), dtype=bool)
+    attempts = [(point, _PULLS[0]), *((edge_point, pull) for pull in _PULLS)]
+    for target, pull in attempts:
+        left = np.flatnonzero(usable & ~believed)
+        tried = target[left] + pull * (middle[left] - target[left])
+        good = ~_folds_over(vertices, normals, ring[left], used[left], tried)
+        result[left[good]], believed[left[good]] = tried[good], True
+        usable &= near | believed
+    _, number, count = np.unique(np.round(result[believed], 6), axis=0, return_inverse=True, return_counts=True)
+    believed[believed] = count[number.reshape(-1)] == 1
+    return result, believed
+
+
+def _closest_to_planes(matrix: np.ndarray, right: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points [L, 3] with least sum of squared distances to planes, nearest to `origin` where that leaves a choice.
+
+    Args:
+        matrix: [L, 3, 3], sums of n n^T over the planes' unit normals n.
+        right: [L, 3], sums of n (n . p) over the planes, p a point in each.
+        origin: [L, 3].
+
+    Returns:
+        the points; and the number of directions that the planes fix, 1 to 3.
+    """
+    values, vectors = np.linalg.eigh(matrix)
+    solid = values > _RANK_LIMIT * values[:, -1:]
+    rest = right - np.einsum("lij,lj->li", matrix, origin)
+    along = np.einsum("lij,li->lj", vectors, rest)
+    along = np.where(solid, along / np.where(solid, values, 1), 0)
+    return origin + np.einsum("lij,lj->li", vectors, along), solid.sum(axis=1)
+
+
+def _adjacent_loops(ring: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows of `ring` that share a side of their loops."""
+    owner, place = np.nonzero(used)
+    start, end = ring[owner, place], ring[owner, (place + 1) % used.sum(axis=1)[owner]]
+    low, high = np.minimum(start, end), np.maximum(start, end)
+    order = np.lexsort((high, low))
+    same = (low[order[1:]] == low[order[:-1]]) & (high[order[1:]] == high[order[:-1]])
+    return owner[order[:-1][same]], owner[order[1:][same]]
 
 
 def _folds_over(
