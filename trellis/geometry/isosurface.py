@@ -11,13 +11,13 @@ from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks
 
 _CHUNK_BLOCKS = 2048
 _CHUNK_FACES = 1 << 20
-_EDGE_MARGIN = 1e-3
+EDGE_MARGIN = 1e-3
 """Vertices keep this distance (voxels) from voxel centres, so that no two of them coincide."""
-_KINK_RATIO = 2.0
+KINK_RATIO = 2.0
 """A second difference may be so many times its neighbour's before it is taken for a kink and cut down to that."""
-_MAX_CORRECTION_VOXELS = 0.06
+MAX_CORRECTION_VOXELS = 0.06
 """Bound of the correction for chords: what a radius of about 3 voxels needs."""
-_GOOD_GRADIENT, _KINKED_GRADIENT = 0.05, 0.1
+GOOD_GRADIENT, KINKED_GRADIENT = 0.05, 0.1
 """| |g| - 1 | of central differences that are taken as a tangent plane's normal, and of ones across a kink."""
 _PAD = 11  # voxels -1..9 of a block along each axis
 _CELL = 9  # voxels 0..8
@@ -176,7 +176,7 @@ def _edge_roots(
     # near a kink one of them is large: limiting it by the other keeps the cubic from overshooting (as in ENO schemes)
     d1, d2 = f0 - 2 * f1 + f2, f1 - 2 * f2 + f3
     usable &= d1 * d2 > 0
-    limit = np.where(usable, _KINK_RATIO * np.minimum(np.abs(d1), np.abs(d2)), 0.0)
+    limit = np.where(usable, KINK_RATIO * np.minimum(np.abs(d1), np.abs(d2)), 0.0)
     d1, d2 = np.clip(d1, -limit, limit), np.clip(d2, -limit, limit)
     t = f1 / (f1 - f2)
     for _ in range(4):
@@ -188,21 +188,21 @@ def _edge_roots(
     first, first_error = _gradient(flat, base, strides, band_voxels)
     second, second_error = _gradient(flat, base + step, strides, band_voxels)
     known = (first_error < np.inf) & (second_error < np.inf)
-    reliable = np.maximum(first_error, second_error) < _GOOD_GRADIENT
+    reliable = np.maximum(first_error, second_error) < GOOD_GRADIENT
     normal = (1 - t)[:, None] * first + t[:, None] * second
     # A distance function has gradients of length 1, but not where a kink of it (the medial axis, or the rim of a sharp
     # edge) lies between the samples. There differences to one side find the tangent plane on either side of the kink,
     # and the vertex is where the edge meets the plane that it is steepest against.
-    kinked = np.flatnonzero(known & (np.maximum(first_error, second_error) > _KINKED_GRADIENT))
+    kinked = np.flatnonzero(known & (np.maximum(first_error, second_error) > KINKED_GRADIENT))
     steepest = np.zeros(len(kinked))
     for origin, at in ((0, base[kinked]), (1, (base + step)[kinked])):
         gradient, error = _one_sided_gradient(flat, at, strides, band_voxels)
         rise = gradient[np.arange(len(at)), axis[kinked]] * np.sign(f2 - f1)[kinked]
         meet = origin - flat[at] * band_voxels / np.where(rise > 0, rise * np.sign(f2 - f1)[kinked], 1)
-        good = (error < _GOOD_GRADIENT) & (rise > steepest) & (meet > -_EDGE_MARGIN) & (meet < 1 + _EDGE_MARGIN)
+        good = (error < GOOD_GRADIENT) & (rise > steepest) & (meet > -EDGE_MARGIN) & (meet < 1 + EDGE_MARGIN)
         steepest[good] = rise[good]
         t[kinked[good]], normal[kinked[good]], reliable[kinked[good]] = meet[good], gradient[good], True
-    t = np.clip(t, _EDGE_MARGIN, 1 - _EDGE_MARGIN)
+    t = np.clip(t, EDGE_MARGIN, 1 - EDGE_MARGIN)
     length = np.linalg.norm(normal, axis=1)
     known &= length > 0
     normal *= np.where(known, 1 / np.where(known, length, 1), 0)[:, None]
@@ -304,5 +304,5 @@ def _balance_chords(vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray
         local = (part - low).reshape(-1)
         weight[low:high] += np.bincount(local, np.repeat(area, 3), high - low)
         total[low:high] += np.bincount(local, np.repeat(area * offset, 3), high - low)
-    shift = np.clip(total / np.maximum(weight, 1e-30), -_MAX_CORRECTION_VOXELS, _MAX_CORRECTION_VOXELS)
+    shift = np.clip(total / np.maximum(weight, 1e-30), -MAX_CORRECTION_VOXELS, MAX_CORRECTION_VOXELS)
     return vertices + shift[:, None] * normals
