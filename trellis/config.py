@@ -74,6 +74,7 @@ class TrainerArgs:
         codebook_init_samples: shapes that k-means initialises the codebook from; null: enough for 16 rows a code.
         num_samples: shapes in the pictures and meshes of `i_sample`.
         num_workers: loader processes per rank; null: 0 on a CPU, up to 8 on CUDA.
+        max_memory_gb: device memory for a micro-batch, 1e9 bytes each; null: what is free on a CUDA device.
         keep_last: checkpoints to keep; null: all.
         seed: of the weights, the order of the shapes and everything else that is drawn.
     """
@@ -105,6 +106,7 @@ class TrainerArgs:
     codebook_init_samples: int | None = None
     num_samples: int = 4
     num_workers: int | None = None
+    max_memory_gb: float | None = None
     keep_last: int | None = None
     seed: int = 0
 
@@ -128,6 +130,7 @@ class TrainerArgs:
         for key in ("lambda_vq", "lambda_commitment", "lambda_extra", "fp16_scale_growth", "num_samples", "seed"):
             rule(getattr(self, key) >= 0, key, "at least 0")
         rule(self.num_workers is None or self.num_workers >= 0, "num_workers", "null or at least 0")
+        rule(self.max_memory_gb is None or self.max_memory_gb > 0, "max_memory_gb", "null or above 0")
         rule(all(0 <= r < 1 for r in self.ema_rates), "ema_rate", "in [0, 1)")
         rule(len(set(self.ema_rates)) == len(self.ema_rates), "ema_rate", "without a rate given twice")
         if isinstance(self.grad_clip, (int, float)):

@@ -118,13 +118,13 @@ def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_pa
     codebook = trainer.precision.parameters["quantizer.codebook"]
     real, rows = trainer.objective.commit, torch.tensor([3, 17])
 
-    def commit(step: int):
-        figures, overwritten = real(step)
+    def commit(step: int, *, overwrite: bool):
+        overwritten = real(step, overwrite=overwrite)
         if step == 3:
             with torch.no_grad():
                 codebook[rows] = 7.0
             overwritten = {"quantizer.codebook": rows}
-        return figures, overwritten
+        return overwritten
 
     trainer.objective.commit = commit
     trainer.run(max_steps=3)

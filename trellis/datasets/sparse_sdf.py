@@ -32,13 +32,14 @@ _PAIR_PERMUTATION = c_to_morton_permutation().reshape(-1, 2)[:, 0] // 2
 
 @dataclass(frozen=True)
 class Item:
-    """One shape of the dataset; `num_voxels` is None where nothing has counted its active voxels yet."""
+    """One shape of the dataset; `num_voxels` (active) and `num_blocks` are None where metadata.csv does not say."""
 
     sha256: str
     path: Path
     label: str = ""
     patient_id: str = ""
     num_voxels: int | None = None
+    num_blocks: int | None = None
 
 
 class SparseSDF(Dataset):
@@ -166,6 +167,15 @@ class SparseSDF(Dataset):
         if any(count is None for count in counts):
             return None
         return sum(count > self.max_points for count in counts) / len(counts)
+
+    def known_sizes(self) -> list[tuple[str, int]]:
+        """(id, blocks) of the shapes that are never cropped, where metadata.csv has both counts."""
+        return [
+            (item.sha256, item.num_blocks)
+            for item in self.items
+            if item.num_blocks is not None and item.num_voxels is not None
+            and (self.max_points is None or item.num_voxels <= self.max_points)
+        ]
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
@@ -336,7 +346,8 @@ def _items_of_metadata(root: Path, resolution: int, split: str) -> tuple[list[It
         if column in columns and not count and not path.is_file():
             refused.append((name, f"not prepared at resolution {resolution}"))
             continue
-        items.append(Item(name, path, row.get("label") or "", row.get("patient_id") or "", _int(count, root, number)))
+        voxels, blocks = (_int(text, root, number) for text in (count, row.get(f"r{resolution}_num_blocks")))
+        items.append(Item(name, path, row.get("label") or "", row.get("patient_id") or "", voxels, blocks))
     return items, refused
 
 
@@ -357,7 +368,7 @@ def _int(text: str | None, root: Path, line: int) -> int | None:
         return int(float(text))
     except (ValueError, OverflowError):
         raise ValueError(
-            f"{root / 'metadata.csv'}, line {line}: a count of voxels must be a number, got {text!r}"
+            f"{root / 'metadata.csv'}, line {line}: a count of voxels or blocks must be a number, got {text!r}"
         ) from None
 
 

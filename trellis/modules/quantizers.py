@@ -48,6 +48,7 @@ class _Pending:
     counts: Tensor
     sums: Tensor | None
     rows: list[Tensor] = field(default_factory=list)
+    reduced: bool = False
 
 
 def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
@@ -121,16 +122,16 @@ def kmeans(rows: Tensor, num_codes: int, *, seed: int, iterations: int = 20) -> 
 
 def _spread_seeds(rows: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii, 2007): each next seed is drawn by squared distance to the seeds so far."""
-    rows_cpu = rows.cpu()
-    chosen = torch.empty(num_codes, dtype=torch.long)
-    chosen[0] = torch.randint(rows_cpu.shape[0], (1,), generator=generator)
-    distance = (rows_cpu - rows_cpu[chosen[0]]).square().sum(1)
-    for i in range(1, num_codes):
+    first = torch.randint(rows.shape[0], (1,), generator=generator).to(rows.device)
+    draws = [torch.rand(1, generator=generator, dtype=torch.float64) for _ in range(num_codes - 1)]
+    chosen = [first]
+    distance = (rows - rows[first]).square().sum(1)
+    for draw in torch.cat([torch.empty(0, dtype=torch.float64), *draws]).to(rows.device).split(1):
         total = distance.cumsum(0, dtype=torch.float64)
-        target = torch.rand(1, generator=generator, dtype=torch.float64) * total[-1]
-        chosen[i] = torch.searchsorted(total, target, right=True).clamp_max(rows_cpu.shape[0] - 1)
-        distance = torch.minimum(distance, (rows_cpu - rows_cpu[chosen[i]]).square().sum(1))
-    return rows[chosen.to(rows.device)].clone()
+        seed = torch.searchsorted(total, draw * total[-1], right=True).clamp_max(rows.shape[0] - 1)
+        chosen.append(seed)
+        distance = torch.minimum(distance, (rows - rows[seed]).square().sum(1))
+    return rows[torch.cat(chosen)]
 
 
 class VectorQuantizer(nn.Module):
@@ -197,6 +198,13 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, rows: Tensor) -> Quantized:
         """Quantize rows [N, L]; in training mode also collect the step's statistics."""
+        out = self.quantize(rows)
+        if self.training:
+            self.collect(rows.detach().float(), out.ids)
+        return out
+
+    def quantize(self, rows: Tensor) -> Quantized:
+        """Quantize rows [N, L] and remember nothing."""
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"rows must be [N, {self.dim}], got {list(rows.shape)}")
         rows = rows.float()
@@ -210,11 +218,10 @@ class VectorQuantizer(nn.Module):
         else:
             values = rows + (fixed - rows).detach()
         codebook_rows = None if self.use_ema_update else (codes - rows.detach()).square().mean(1)
-        if self.training:
-            self._collect(rows.detach(), ids)
         return Quantized(values, ids, codebook_rows, (rows - fixed).square().mean(1))
 
-    def _collect(self, rows: Tensor, ids: Tensor) -> None:
+    def collect(self, rows: Tensor, ids: Tensor) -> None:
+        """Add rows float32 [N, L], which are kept, and their codes' ids [N] to the step's statistics."""
         if self._pending is None:
             zeros = torch.zeros(self.num_embeddings, dtype=torch.long, device=rows.device)
             sums = torch.zeros(self.codebook.shape, device=rows.device) if self.use_ema_update else None
@@ -232,39 +239,58 @@ class VectorQuantizer(nn.Module):
         """Forget the statistics of a step that was skipped."""
         self._pending = None
 
-    @torch.no_grad()
-    def commit(self, step: int) -> CommitReport:
-        """Apply the statistics of one optimizer step; collective over ranks.
+    def reduce(self) -> tuple[Tensor, Tensor]:
+        """Sum the step's statistics over ranks (collective), without waiting for the device.
 
-        Args:
-            step: number of the optimizer step; seeds the choice of rows for unused codes.
+        Returns:
+            counts int64 [K], rows of all ranks per code; and an int64 scalar, how many codes `commit` would re-seed.
 
         Raises:
             RuntimeError: no forward in training mode came before.
         """
-        if self._pending is None:
+        pending = self._pending
+        if pending is None:
             raise RuntimeError("commit needs a forward pass in training mode since the last commit or discard")
-        pending, self._pending = self._pending, None
-        if _world_size() > 1:
+        if not pending.reduced and _world_size() > 1:
             dist.all_reduce(pending.counts)
             if pending.sums is not None:
                 dist.all_reduce(pending.sums)
+        pending.reduced = True
+        if not self.reseed_after:
+            return pending.counts, torch.zeros_like(pending.counts[0])
+        unused = torch.where(pending.counts > 0, 0, self.unused_steps + 1)
+        return pending.counts, (unused >= self.reseed_after).sum()
+
+    @torch.no_grad()
+    def commit(self, step: int, *, reseed: bool = True) -> CommitReport:
+        """Apply the statistics of one optimizer step; collective over ranks.
+
+        Args:
+            step: number of the optimizer step; seeds the choice of rows for unused codes.
+            reseed: False where `reduce` found no code to re-seed: then nothing waits for the device.
+
+        Raises:
+            RuntimeError: no forward in training mode came before.
+        """
+        self.reduce()
+        pending, self._pending = self._pending, None
         if pending.sums is not None:
             self.ema_count.mul_(self.ema_decay).add_(pending.counts, alpha=1 - self.ema_decay)
             self.ema_sum.mul_(self.ema_decay).add_(pending.sums, alpha=1 - self.ema_decay)
             self.codebook.copy_(self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None])
         self.unused_steps.add_(1)
-        self.unused_steps[pending.counts > 0] = 0
-        return CommitReport(pending.counts, self._reseed(pending, step))
+        self.unused_steps.masked_fill_(pending.counts > 0, 0)
+        return CommitReport(pending.counts, self._reseed(pending, step, wanted=reseed))
 
-    def _reseed(self, pending: _Pending, step: int) -> Tensor:
+    def _reseed(self, pending: _Pending, step: int, *, wanted: bool) -> Tensor:
         none = torch.empty(0, dtype=torch.long, device=self.codebook.device)
-        if not self.reseed_after:
+        if not self.reseed_after or not wanted:
             return none
         dead = torch.nonzero(self.unused_steps >= self.reseed_after)[:, 0]
         if dead.numel() == 0:
             return none
-        pool = gather_rows(torch.cat(pending.rows))
+        # Every rank keeps its first rows; the first of all of them are those that one rank would have kept.
+        pool = gather_rows(torch.cat(pending.rows))[:MAX_POOL_ROWS]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
         chosen = torch.randperm(pool.shape[0], generator=generator)[: dead.numel()]
         dead = dead[: chosen.numel()]

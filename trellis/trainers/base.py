@@ -25,9 +25,10 @@ from trellis.trainers.checkpoint import (
 )
 from trellis.trainers.ema import EMA
 from trellis.trainers.grad_clip import build_grad_clipper
-from trellis.trainers.loader import batch_size_per_rank, endless_batches, to_device
+from trellis.trainers.loader import batch_size_per_rank, endless_batches, on_device
 from trellis.trainers.logs import RunLog
-from trellis.trainers.optim import build_optimizer, build_scheduler
+from trellis.trainers.memory import MemoryLimit, available_bytes, out_of_memory
+from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer
 from trellis.trainers.precision import Precision, mode_on_device
 from trellis.trainers.random_state import random_state, seed_everything, set_random_state
 from trellis.trainers.sampler import ResumableSampler
@@ -50,10 +51,13 @@ class Objective(Protocol):
     collate: Callable[[Sequence[Any]], Batch]
 
     def holds_current_value(self, name: str) -> bool: ...
+    def cost(self, mode: str | None) -> Callable[[Any], int]: ...
+    def check_sizes(self, dataset: Any, limit: MemoryLimit) -> None: ...
     def check_batch(self, batch: Batch) -> None: ...
     def losses(self, model: nn.Module, batch: Batch) -> Tensor: ...
     def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
-    def commit(self, step: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]: ...
+    def statistics(self) -> tuple[Mapping[str, Tensor], Tensor]: ...
+    def commit(self, step: int, *, overwrite: bool) -> Mapping[str, Tensor]: ...
     def discard(self) -> None: ...
     def finish_epoch(self) -> dict[str, float]: ...
     def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None: ...
@@ -145,15 +149,22 @@ class Trainer:
                         self.objective.prepare(self.model, self.dataset, self.sampler)
                     self.ema = {rate: self._new_ema(rate) for rate in self.ema}
                 self.model.train()
-                batches = endless_batches(
-                    self.dataset, self.sampler, self.objective, self.micro_batches, self._workers(), self.device
+                limit = self.memory_limit()
+                with wrong_input("data"):
+                    self.objective.check_sizes(self.dataset, limit)
+                loaded = endless_batches(
+                    self.dataset, self.sampler, self.objective, self.micro_batches, self._workers(), self.device, limit
                 )
+                batches = on_device(loaded, self.device)
                 log.restart_clock(self.step)
                 while self.step < last and exit_code is None:
                     started = time.perf_counter()
                     micro_batches = next(batches)
                     data_s = time.perf_counter() - started
-                    record, flags = self._train_step(micro_batches, stop)
+                    try:
+                        record, flags = self._train_step(micro_batches, stop)
+                    except torch.OutOfMemoryError as error:
+                        raise out_of_memory(self.step + 1, micro_batches, self.device, str(error)) from error
                     record |= {"data_s": data_s, "step_s": time.perf_counter() - started}
                     exit_code = agreed_exit_code(flags)
                     self._log_step(log, record)
@@ -173,22 +184,28 @@ class Trainer:
         self.precision.zero_gradient()
         sums = torch.zeros(len(self.objective.terms), device=self.device)
         for batch in micro_batches:
-            terms = self.objective.losses(self.model, to_device(batch, self.device))
+            terms = self.objective.losses(self.model, batch)
             self.precision.backward(terms[0] / self.sampler.global_batch)
             sums += terms.detach()
         self.precision.collect()
         sum_over_ranks_(self.precision.gradient)
-        shared = sum_over_ranks_(torch.cat([sums, sums.new_tensor(stop.flags())]))
+        # Filled on the device: copying a list there would wait for it.
+        own_flags = [torch.full((1,), flag, device=self.device) for flag in stop.flags()]
+        shared = sum_over_ranks_(torch.cat([sums, *own_flags]))
+        figures, overwritten = self.objective.statistics()
         norm = self.precision.unscale(self.optimizer)
-        # The one wait for the device before the optimizer step: losses, signals and the norm in one transfer.
-        *values, grad_norm = torch.cat([shared, norm.reshape(1)]).tolist()
-        losses, flags = values[: len(sums)], values[len(sums) :]
+        # The one wait for the device in a step: losses, signals, the codebook's figures and the norm in one transfer.
+        scalars = [*shared, *figures.values(), overwritten, norm]
+        *values, to_overwrite, grad_norm = torch.stack([value.double() for value in scalars]).tolist()
+        losses, flags, values = values[: len(sums)], values[len(sums) : len(shared)], values[len(shared) :]
         record: dict[str, Any] = {"step": self.step + 1}
         record |= {name: value / self.sampler.global_batch for name, value in zip(self.objective.terms, losses)}
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
         if self.precision.scales_loss:
             record["loss_scale"] = self.precision.loss_scale
-        self._update(record, micro_batches)
+        if math.isfinite(grad_norm):
+            record |= dict(zip(figures, values))
+        self._update(record, micro_batches, overwrite=to_overwrite > 0)
         with warnings.catch_warnings():
             # The schedule counts steps, those skipped for an overflow too; torch takes that for a wrong order of calls.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -200,7 +217,7 @@ class Trainer:
             record |= {"epoch": self.sampler.epoch, **self.objective.finish_epoch()}
         return record, flags
 
-    def _update(self, record: dict[str, Any], micro_batches: list[Batch]) -> None:
+    def _update(self, record: dict[str, Any], micro_batches: list[Batch], *, overwrite: bool) -> None:
         """One optimizer step, or none where the gradient is not finite; all ranks see the same norm and agree."""
         norm = record["grad_norm"]
         finite = math.isfinite(norm)
@@ -214,14 +231,10 @@ class Trainer:
             self._count_skipped(micro_batches)
             return
         self._skipped = 0
-        figures, overwritten = self.objective.commit(self.step + 1)
-        for name, rows in overwritten.items():
+        for name, rows in self.objective.commit(self.step + 1, overwrite=overwrite).items():
             self._forget_moments(name, rows)
         for ema in self.ema.values():
             ema.update(self.precision.weights())
-        if figures:
-            numbers = torch.stack([value.double() for value in figures.values()]).tolist()
-            record |= dict(zip(figures, numbers))
 
     def _forget_moments(self, name: str, rows: Tensor) -> None:
         """Rows that were overwritten start without the optimizer's memory of what was there."""
@@ -243,6 +256,16 @@ class Trainer:
                 f"step {self.step + 1}: no finite gradient in {self._skipped} steps in a row; lower the learning rate, "
                 "clip gradients, or train in float32 (fp16_mode null)"
             )
+
+    def memory_limit(self) -> MemoryLimit:
+        """What a micro-batch may take: `max_memory_gb`, or what is free on the device once all else is there."""
+        cost = self.objective.cost(self.precision.mode)
+        if self.args.max_memory_gb is not None:
+            return MemoryLimit(cost, int(self.args.max_memory_gb * 1e9))
+        still_to_come = self.precision.bytes_of_a_step()
+        if not self.optimizer.state:
+            still_to_come += 2 * 4 * self.precision.gradient.numel()  # Adam's two moments
+        return MemoryLimit(cost, available_bytes(self.device, still_to_come=still_to_come))
 
     def _workers(self) -> int:
         if self.args.num_workers is not None:
@@ -357,7 +380,7 @@ class Trainer:
             self.precision.load_weights(load_weights(checkpoint.model))
             if misc["parameters"] != list(self.precision.parameters):
                 raise ValueError("it was trained with other parameters")
-            self.optimizer.load_state_dict(misc["optimizer"])
+            load_optimizer(self.optimizer, misc["optimizer"])
             self.scheduler.load_state_dict(misc["scheduler"])
             self.precision.load_state_dict(misc["precision"])
             self.clipper.load_state_dict(misc["grad_clip"])

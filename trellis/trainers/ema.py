@@ -40,9 +40,12 @@ class EMA:
         """Take in the weights after an optimizer step."""
         keep = warm_rate(self.rate, self.updates)
         averaged = [name for name in self.shadow if name not in self._current]
-        torch._foreach_lerp_(
-            [self.shadow[name] for name in averaged], [tensors[name].detach().float() for name in averaged], 1 - keep
-        )
+        if averaged:
+            torch._foreach_lerp_(
+                [self.shadow[name] for name in averaged],
+                [tensors[name].detach().float() for name in averaged],
+                1 - keep,
+            )
         for name in self._current:
             self.shadow[name].copy_(tensors[name])
         self.updates += 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trellis.config import InputError, TrainerArgs, wrong_input
+from trellis.trainers.memory import MemoryLimit, split_by_cost
 from trellis.trainers.sampler import ResumableSampler
 
 Batch = dict[str, Any]
@@ -29,9 +30,15 @@ def batch_size_per_rank(args: TrainerArgs, world_size: int) -> int:
 
 
 def endless_batches(
-    dataset: Any, sampler: ResumableSampler, objective: Any, parts: int, workers: int, device: torch.device
+    dataset: Any,
+    sampler: ResumableSampler,
+    objective: Any,
+    parts: int,
+    workers: int,
+    device: torch.device,
+    limit: MemoryLimit | None = None,
 ) -> Iterator[list[Batch]]:
-    """Micro-batches of one step after another, from the sampler's position on.
+    """Micro-batches of one step after another, from the sampler's position on, in host memory.
 
     Raises:
         InputError: a shape cannot be read or used; the message names it.
@@ -40,7 +47,7 @@ def endless_batches(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(split_and_collate, parts=parts, collate=objective.collate),
+        collate_fn=partial(split_and_collate, parts=parts, collate=objective.collate, limit=limit),
         pin_memory=device.type == "cuda",
         worker_init_fn=_ignore_signals,
         # Its own generator: drawing the workers' seeds must not move the global one.
@@ -63,10 +70,52 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def split_and_collate(samples: Sequence[Any], *, parts: int, collate: Callable[[Sequence[Any]], Batch]) -> list[Batch]:
-    """Micro-batches of a rank's samples: consecutive, sizes that differ by at most one."""
+def split_and_collate(
+    samples: Sequence[Any],
+    *,
+    parts: int,
+    collate: Callable[[Sequence[Any]], Batch],
+    limit: MemoryLimit | None = None,
+) -> list[Batch]:
+    """Micro-batches of a rank's samples: consecutive, sizes that differ by at most one; divided further by `limit`.
+
+    Raises:
+        ValueError: a sample exceeds the limit alone; the message names it.
+    """
     bounds = np.linspace(0, len(samples), parts + 1).round().astype(int)
-    return [collate(samples[a:b]) for a, b in zip(bounds, bounds[1:])]
+    pieces = [samples[a:b] for a, b in zip(bounds, bounds[1:])]
+    if limit is not None:
+        pieces = [part for piece in pieces for part in split_by_cost(piece, limit)]
+    return [collate(piece) for piece in pieces]
+
+
+def on_device(batches: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The same micro-batches on `device`.
+
+    On CUDA the next step's are copied, from page-locked memory on a stream of their own, while this one's are used.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield [to_device(part, device) for part in batch]
+        return
+    copies = torch.cuda.Stream(device)
+
+    def start() -> tuple[list[Batch], torch.cuda.Event]:
+        parts = next(batches)
+        with torch.cuda.stream(copies):
+            moved = [to_device(part, device) for part in parts]
+            return moved, copies.record_event()
+
+    ahead = start()
+    while True:
+        (moved, copied), ahead = ahead, start()
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for part in moved:
+            for value in part.values():
+                if isinstance(value, Tensor) and value.is_cuda:
+                    value.record_stream(current)  # not to be reused by the copies while this step reads it
+        yield moved
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

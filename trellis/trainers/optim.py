@@ -16,6 +16,9 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     name: getattr(torch.optim, name) for name in ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad")
 }
 
+FUSED = ("AdamW", "Adam", "SGD")
+"""Those with a fused update on CUDA."""
+
 
 def linear_warmup(optimizer: torch.optim.Optimizer, warmup_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """Learning rate rising linearly over `warmup_steps`, then constant (TRELLIS's LinearWarmupLRScheduler)."""
@@ -63,7 +66,19 @@ def build_optimizer(spec: Named, parameters: Mapping[str, torch.Tensor], codeboo
     if codes:
         groups.append({"params": codes, "weight_decay": 0.0})
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.args.items()}
+    on_cuda = all(p.device.type == "cuda" for p in parameters.values())
+    if on_cuda and spec.name in FUSED and not {"fused", "foreach"} & set(args):
+        args["fused"] = True  # one pass over weights, gradients and moments
     return _build("trainer.args.optimizer", target, groups, args)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over a saved state, but how the update is computed stays as it is on this device."""
+    groups = [
+        {**saved, **{key: own[key] for key in ("fused", "foreach") if key in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups + state["param_groups"][len(groups) :]})
 
 
 def build_scheduler(spec: Named | None, optimizer: torch.optim.Optimizer) -> Any:

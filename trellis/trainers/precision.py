@@ -65,6 +65,10 @@ class Precision:
         for name, parameter in self.parameters.items():
             self._views[name] = self.gradient[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
+        # The model's tensors stay where they are, so that this is read from the modules once and not every step.
+        self._weights = {
+            name: self.parameters.get(name, tensor).detach() for name, tensor in model.state_dict().items()
+        }
         self._scaler = torch.amp.GradScaler(device.type, enabled=mode == "amp")
 
     @property
@@ -91,10 +95,11 @@ class Precision:
     @torch.no_grad()
     def collect(self) -> None:
         """After the last micro-batch: half gradients into the flat float32 one. It is still scaled."""
-        for name, parameter in self._half.items():
-            if parameter.grad is not None:
-                self._views[name].copy_(parameter.grad)
-                parameter.grad = None
+        filled = {name: p.grad for name, p in self._half.items() if p.grad is not None}
+        if filled:
+            torch._foreach_copy_([self._views[name] for name in filled], list(filled.values()))
+        for parameter in self._half.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def unscale(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
@@ -122,8 +127,8 @@ class Precision:
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Half weights from their masters."""
-        for name, parameter in self._half.items():
-            parameter.copy_(self.parameters[name])
+        if self._half:
+            torch._foreach_copy_(list(self._half.values()), [self.parameters[name] for name in self._half])
 
     @property
     def loss_scale(self) -> float:
@@ -131,9 +136,13 @@ class Precision:
             return 2.0**self.log_scale
         return float(self._scaler.get_scale()) if self.mode == "amp" else 1.0
 
+    def bytes_of_a_step(self) -> int:
+        """Half copies of the weights, or their half gradients, that exist during a step alone."""
+        return 2 * self.gradient.numel() if self.mode is not None else 0
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state with masters in place of half weights: what a checkpoint holds."""
-        return {name: self.parameters.get(name, tensor).detach() for name, tensor in self.model.state_dict().items()}
+        return dict(self._weights)
 
     @torch.no_grad()
     def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:

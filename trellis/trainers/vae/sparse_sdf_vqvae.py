@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from trellis.config import TrainerArgs
 from trellis.datasets.sparse_sdf import collate
+from trellis.trainers.memory import MemoryLimit, too_large
 from trellis.trainers.sampler import ResumableSampler
 from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
+from trellis.trainers.vae.memory import bytes_per_block, sample_bytes
+from trellis.utils.blocks import STORAGE_BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,8 @@ Batch = dict[str, Any]
 ROWS_PER_CODE = 16
 """Rows per code that k-means starts from where `codebook_init_samples` is null."""
 MAX_INIT_SAMPLES = 1024
+MAX_BLOCKS = (2**31 - 1) // STORAGE_BLOCK**3
+"""Rows of the finest grid, 512 a block, are numbered in int32."""
 
 POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "mse": torch.square,
@@ -83,6 +89,7 @@ class SparseSDFVQVAEObjective:
     def __init__(self, model: nn.Module, args: TrainerArgs, *, device: torch.device) -> None:
         self.args = args
         self.quantizer: Any = model.quantizer
+        self.model_config: dict[str, Any] = model.config
         self.usage = CodebookUsage(self.quantizer.codebook.shape[0], device)
         if self.quantizer.use_ema_update and args.lambda_vq:
             logger.info("the codebook follows moving averages (use_ema_update): lambda_vq has no effect")
@@ -92,9 +99,30 @@ class SparseSDFVQVAEObjective:
         """Names whose averaged copy is the current value: the whole quantizer."""
         return name.startswith("quantizer.")
 
+    def cost(self, mode: str | None) -> Callable[[Any], int]:
+        """Estimated bytes of training on a sample, as a function that other processes can be given."""
+        return partial(sample_bytes, bytes_per_block=bytes_per_block(self.model_config, mode))
+
+    def check_sizes(self, dataset: Any, limit: MemoryLimit) -> None:
+        """Before the first step: ValueError for shapes that will not fit; others are judged when they are read."""
+        if limit.limit_bytes is None:
+            return
+        cost = {name: limit.cost({"block_coords": range(blocks)}) for name, blocks in dataset.known_sizes()}
+        large = sorted((name for name in cost if cost[name] > limit.limit_bytes), key=cost.__getitem__, reverse=True)
+        if large:
+            more = f" ({len(large) - 1} more shapes are too large, the least {large[-1]})" if len(large) > 1 else ""
+            raise ValueError(too_large(large[0], cost[large[0]], limit.limit_bytes) + more)
+
     def check_batch(self, batch: Batch) -> None:
         """Refuse, on the CPU, a shape that no loss could come from."""
-        parts = zip(batch["sha256"], batch["loss_blocks"].split(batch["blocks_per_sample"].tolist()))
+        sizes = batch["blocks_per_sample"].tolist()
+        if sum(sizes) > MAX_BLOCKS:
+            largest = batch["sha256"][sizes.index(max(sizes))]
+            raise ValueError(
+                f"shape {largest}: a micro-batch must have at most {MAX_BLOCKS} blocks, whose voxels int32 can count, "
+                f"got {sum(sizes)}, {max(sizes)} of them in this shape; crop it with max_points, or raise batch_split"
+            )
+        parts = zip(batch["sha256"], batch["loss_blocks"].split(sizes))
         for sha256, part in parts:
             if not bool(part.any()):
                 raise ValueError(f"shape {sha256}: no block that counts for the loss is left (max_points is too small)")
@@ -143,16 +171,26 @@ class SparseSDFVQVAEObjective:
         # Each rank needs a shape, even where there are more ranks than shapes (the stream goes on).
         return max(min(wanted, most), sampler.global_batch)
 
-    def commit(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def statistics(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Before the optimizer step: figures to log, over all ranks, and how many rows `commit` would overwrite.
+
+        All are scalars on the device; nothing waits for it.
+        """
+        counts, unused = self.quantizer.reduce()
+        return {"perplexity": perplexity(counts), "codes_used": (counts > 0).sum()}, unused
+
+    def commit(self, step: int, *, overwrite: bool) -> dict[str, Tensor]:
         """After an optimizer step: the codebook takes in the step's statistics.
 
+        Args:
+            overwrite: whether `statistics` found rows to overwrite.
+
         Returns:
-            figures to log, and {parameter name: rows that were overwritten}, whose moments the optimizer must forget.
+            {parameter name: rows that were overwritten}, whose moments the optimizer must forget.
         """
-        report = self.quantizer.commit(step)
+        report = self.quantizer.commit(step, reseed=overwrite)
         self.usage.add(report.counts)
-        figures = {"perplexity": perplexity(report.counts), "codes_used": (report.counts > 0).sum()}
-        return figures, {"quantizer.codebook": report.reseeded}
+        return {"quantizer.codebook": report.reseeded}
 
     def discard(self) -> None:
         """After a skipped step: its statistics never happened."""

@@ -1,0 +1,165 @@
+"""A whole training step on prepared shapes: loading, network, optimizer, averages, log.
+
+python benchmarks/bench_training.py DATA [--config FILE] [--set KEY=VALUE ...] [--steps N] [--json FILE] [--ranks 2]
+
+DATA is a prepared folder. Prints, and appends to FILE: seconds to the first step (codebook and compiled kernels
+included; a second run finds the kernels compiled), milliseconds a step, the share of that time in which the GPU is
+busy (union of kernels and copies in a profile of the steps after, over the milliseconds of unprofiled steps), wait for
+data, waits for the device, peak memory, and what the trainer estimated for its largest micro-batch. With --ranks it
+starts that many processes through torchrun, one GPU each; shapes per second tell how it scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from shell_batch import machine
+from torch.profiler import ProfilerActivity, profile
+
+from trellis.trainers.build import RunOptions, build_trainer
+from trellis.trainers.launch import configure_logging
+from trellis.utils.dist_utils import barrier, ranks_from_environment, start_process_group, stop_process_group
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "vae" / "sparse_sdf_vqvae_512.json"
+WARM_UP = 8
+PROFILED = 12
+
+
+def busy_ms(trace: Path) -> tuple[float, int]:
+    """Milliseconds that kernels and copies cover together, and the number of kernels, of a Chrome trace."""
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    covered, end = 0.0, float("-inf")
+    for start, duration in sorted((e["ts"], e["dur"]) for e in on_gpu):
+        covered += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    return covered / 1e3, sum(e["cat"] == "kernel" for e in on_gpu)
+
+
+class Watch:
+    """Follows a run step by step: warm-up, timed steps, one step whose waits are counted, profiled steps."""
+
+    def __init__(self, steps: int, first_step: int) -> None:
+        self.begun = time.perf_counter()
+        self.timed = (first_step + WARM_UP, first_step + WARM_UP + steps)
+        self.last = self.timed[1] + 1 + PROFILED
+        self.first = first_step + 1
+        self.times: dict[str, float] = {}
+        self.peak = 0
+        self.waits: list[str] = []
+        self.recorder = profile(activities=[ProfilerActivity.CUDA])
+        self._caught = warnings.catch_warnings(record=True)
+
+    def after_step(self, step: int) -> None:
+        if step in (self.first, *self.timed, self.last):
+            torch.cuda.synchronize()
+            self.times[str(step)] = time.perf_counter()
+        if step == self.timed[0]:
+            barrier()
+            torch.cuda.reset_peak_memory_stats()
+        if step == self.timed[1]:
+            self.peak = torch.cuda.max_memory_allocated()
+            self._list = self._caught.__enter__()
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+        if step == self.timed[1] + 1:
+            torch.cuda.set_sync_debug_mode("default")
+            self._caught.__exit__(None, None, None)
+            self.waits = [f"{Path(w.filename).name}:{w.lineno}" for w in self._list if "synchroniz" in str(w.message)]
+            torch.cuda.synchronize()
+            self.recorder.start()
+        if step == self.last:
+            self.recorder.stop()
+
+
+def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The figures of one configuration."""
+    ranks = ranks_from_environment()
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    start_process_group(ranks, device)
+    options = RunOptions(
+        config=str(args.config), output_dir=str(folder), data_dir=args.data,
+        overrides=("trainer.args.max_steps=100000", *args.overrides), device="cuda",
+    )
+    began = time.perf_counter()
+    trainer = build_trainer(options, ranks, device)
+    built = time.perf_counter()
+    watch = Watch(args.steps, trainer.step)
+    trainer.run(max_steps=watch.last, after_step=watch.after_step)
+    seconds = watch.times[str(watch.timed[1])] - watch.times[str(watch.timed[0])]
+    step_ms = 1e3 * seconds / args.steps
+    trace = folder / f"trace{ranks.rank}.json"
+    watch.recorder.export_chrome_trace(str(trace))
+    busy, kernels = busy_ms(trace)
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()] if ranks.is_first else []
+    timed = [r for r in lines if watch.timed[0] < r["step"] <= watch.timed[1]]
+    limit = trainer.memory_limit()
+    cost = [limit.cost(trainer.dataset[0, i]) for i in range(len(trainer.dataset))]
+    held = sum(t.numel() * t.element_size() for t in held_tensors(trainer))
+    stop_process_group()
+    return {
+        "date": date.today().isoformat(), **machine(), "ranks": ranks.world_size, "config": Path(args.config).name,
+        "overrides": list(args.overrides), "fp16_mode": trainer.precision.mode,
+        "parameters": trainer.precision.gradient.numel(), "shapes_per_step": trainer.sampler.global_batch,
+        "build_s": round(built - began, 2), "first_step_s": round(watch.times[str(watch.first)] - built, 2),
+        "step_ms": round(step_ms, 2), "median_log_step_ms": median_ms(timed, "step_s"),
+        "shapes_per_s": round(1e3 * trainer.sampler.global_batch / step_ms, 2),
+        "data_wait_ms": median_ms(timed, "data_s"), "gpu_busy_ms": round(busy / PROFILED, 2),
+        "gpu_busy_share": round(busy / PROFILED / step_ms, 4), "kernels_per_step": round(kernels / PROFILED),
+        "waits_for_device": watch.waits, "peak_gb": round(watch.peak / 1e9, 2),
+        "weights_and_optimizer_gb": round(held / 1e9, 2), "estimated_largest_shape_gb": round(max(cost) / 1e9, 2),
+        "last_loss": lines[-1]["loss"] if lines else None,
+    }
+
+
+def median_ms(records: list[dict[str, Any]], key: str) -> float | None:
+    return round(1e3 * statistics.median(r[key] for r in records), 2) if records else None
+
+
+def held_tensors(trainer: Any) -> list[torch.Tensor]:
+    """All that stays on the device between steps."""
+    kept = {id(t): t for t in [*trainer.model.state_dict().values(), *trainer.precision.weights().values()]}
+    tensors = [*kept.values(), trainer.precision.gradient]
+    tensors += [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return tensors + [t for ema in trainer.ema.values() for t in ema.shadow.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--ranks", type=int, default=1)
+    args = parser.parse_args()
+    if args.ranks > 1 and "RANK" not in os.environ:
+        if torch.cuda.device_count() < args.ranks:
+            parser.error(f"--ranks {args.ranks} needs as many GPUs, there are {torch.cuda.device_count()}")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
+        os.execv(sys.executable, [*launcher, str(Path(__file__).resolve()), *sys.argv[1:]])
+    configure_logging()
+    with tempfile.TemporaryDirectory() as folder:
+        row = bench(args, Path(folder) / f"rank{os.environ.get('RANK', 0)}")
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(json.dumps(row), flush=True)
+    if args.json:
+        rows = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
+        args.json.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
