@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from trellis.models.autoencoders.decoder import SparseSDFDecoder
 from trellis.models.autoencoders.encoder import SparseSDFEncoder
+from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows, Sizes
 from trellis.modules.quantizers import VectorQuantizer, nearest_code
+from trellis.modules.sparse.attention import has_varlen
+from trellis.modules.sparse.kernels.support import has_kernels
 from trellis.modules.sparse.levels import Pyramid, Topology, blocks_from_rows, build_pyramid
 from trellis.modules.sparse.morton import slot_positions
 from trellis.utils.blocks import LATENT_STRIDE
@@ -34,6 +37,9 @@ class SparseSDFVQVAE(nn.Module):
         use_ema_update, ema_decay, quantizer_gradient, reseed_after: see `VectorQuantizer`.
         fused: the fused first and last stages and the collapsed convolutions; False writes every tensor out.
         backend: of the convolutions, see `trellis.modules.sparse.conv.functional`.
+        cuda_graphs: on CUDA in 16 bit, batches of sizes that come up again run as CUDA graphs
+            (`trellis.models.autoencoders.pass_graphs`): the same values, less work for the host. Then the backward pass
+            must come before the model's next forward pass.
 
     Raises:
         ValueError: a value outside its rule.
@@ -67,6 +73,7 @@ class SparseSDFVQVAE(nn.Module):
         reseed_after: int = 200,
         fused: bool = True,
         backend: str = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k in inspect.signature(type(self).__init__).parameters}
@@ -97,6 +104,8 @@ class SparseSDFVQVAE(nn.Module):
         }
         self.latent_channels = latent
         self.fused, self.backend = fused, backend
+        self.cuda_graphs = cuda_graphs
+        self._graphs = PassGraphs()
         self.use_fp16 = use_fp16
         self._compute_dtype: torch.dtype | None = None
         self.encoder = SparseSDFEncoder(
@@ -194,10 +203,17 @@ class SparseSDFVQVAE(nn.Module):
         Returns:
             `coords` int32 [M, 4] (batch, x, y, z) by sample, then Morton; `mean`, `logvar` [M, L]; `ids` int64 [M].
         """
+        if self._may_graph() and not torch.is_grad_enabled():
+            out = self._through_graph("encode", batch, self._encode_pyramid, factor=factor)
+            if out is not None:
+                return {"coords": batch["block_coords"].to(self.device).int(), **out}
         pyramid = self.build_pyramid(batch)
+        return {"coords": pyramid.topology.coords, **self._encode_pyramid(pyramid, factor)}
+
+    def _encode_pyramid(self, pyramid: Pyramid, factor: float | None) -> Rows:
         mean, logvar = self._encode(pyramid, factor)
-        ids = nearest_code(mean, self.quantizer.codebook)  # not through forward: encoding is no training step
-        return {"coords": pyramid.topology.coords, "mean": mean, "logvar": logvar, "ids": ids}
+        # not through the quantizer's forward: encoding is no training step
+        return {"mean": mean, "logvar": logvar, "ids": nearest_code(mean, self.quantizer.codebook)}
 
     # -- decoding ---------------------------------------------------------------------------------------------------
 
@@ -207,8 +223,31 @@ class SparseSDFVQVAE(nn.Module):
             raise ValueError(
                 f"latent must be [{coords.shape[0]}, {self.latent_channels}], got {list(latent.shape)}"
             )
-        topology = Topology(coords.to(self.device))
-        return self._decode(latent.to(self.device), topology, factor)
+        latent, coords = latent.to(self.device), coords.to(self.device).int()
+        if not (self._may_graph() and len(latent) and not torch.is_grad_enabled()):
+            return self._decode(latent, Topology(coords), factor)
+        # one wait for the GPU, and none for the windows of attention
+        *lowest, highest, samples = torch.stack(
+            [coords[:, 1:].min(), coords[:, 0].min(), coords[:, 1:].max(), coords[:, 0].max() + 1]
+        ).tolist()
+        if min(lowest) < 0:
+            raise ValueError(f"coordinates must not be negative, got {min(lowest)}")
+        extent = _round_up_to_power_of_2(highest + 1)
+
+        def decode(inputs: Rows, size: Sizes) -> Rows:
+            return {"sdf": self._decode(inputs["latent"], Topology(inputs["coords"], samples + 1, extent), factor)}
+
+        out = self._graphs.run(
+            ("decode", factor, *self._switches()),
+            Sizes(len(latent)),
+            {"coords": coords, "latent": latent},
+            decode,
+            self._weights(),
+            samples=samples,
+            extent=extent,
+            train=False,
+        )
+        return out["sdf"] if out is not None else self._decode(latent, Topology(coords, samples, extent), factor)
 
     def _decode(self, latent: Tensor, topology: Topology, factor: float | None = None) -> Tensor:
         return self.decoder(
@@ -228,6 +267,57 @@ class SparseSDFVQVAE(nn.Module):
         """Decode codes [M] at [M, 4]; returns as `decode_latent`. ValueError for ids outside the codebook."""
         return self.decode_latent(self.quantizer.lookup(ids.to(self.device)), coords, factor=factor)
 
+    # -- CUDA graphs ------------------------------------------------------------------------------------------------
+
+    def _may_graph(self) -> bool:
+        """Whether nothing in a pass waits for the GPU, and nothing but the model's own settings shapes it."""
+        return (
+            self.cuda_graphs
+            and self.fused
+            and self.device.type == "cuda"
+            and self.compute_dtype in (torch.float16, torch.bfloat16)
+            and has_kernels(self.device, self.compute_dtype)
+            and has_varlen()
+            and self.backend in ("auto", "triton")
+            and not torch.is_autocast_enabled("cuda")
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def _switches(self) -> tuple[Any, ...]:
+        return self.compute_dtype, self.backend, torch.backends.cuda.matmul.allow_tf32
+
+    def _weights(self) -> list[Tensor]:
+        return [*self.parameters(), *self.quantizer.buffers()]
+
+    def _through_graph(
+        self,
+        kind: str,
+        batch: Batch,
+        work: Callable[..., Rows],
+        *,
+        factor: float | None = None,
+        train: bool = False,
+    ) -> Rows | None:
+        """What `work` makes of the batch's pyramid, where the batch says its sizes and a graph takes them."""
+        if any(key not in batch for key in ("block_coords", "level_sizes", "blocks_per_sample", "resolution")):
+            return None
+        samples, extent = len(batch["blocks_per_sample"]), -(-batch["resolution"] // LATENT_STRIDE)
+        _, rows2, rows4, blocks = batch["level_sizes"]
+
+        def run(inputs: Rows, size: Sizes) -> Rows:
+            coords, values, active = inputs["coords"], inputs["values"], inputs["active"]
+            pyramid = build_pyramid(coords, values, active, size.level_sizes, samples + 1, extent, padded=True)
+            return work(pyramid, factor)
+
+        names = {"coords": "block_coords", "values": "block_sdf", "active": "active"}
+        inputs = {name: batch[key].to(self.device, non_blocking=True) for name, key in names.items()}
+        inputs["coords"] = inputs["coords"].int()
+        key = (kind, factor, inputs["values"].dtype, *self._switches())
+        size = Sizes(blocks, rows2, rows4)
+        return self._graphs.run(
+            key, size, inputs, run, self._weights(), samples=samples, extent=extent, train=train
+        )
+
     # -- training ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> dict[str, Tensor | None]:
@@ -237,16 +327,27 @@ class SparseSDFVQVAE(nn.Module):
             `sdf` float32 [M, 512] in Morton order; `ids` int64 [M]; `codebook_rows` float32 [M] or None (codebook by
             moving averages); `commitment_rows` float32 [M]; `latent` float32 [M, L], before quantization.
         """
-        pyramid = self.build_pyramid(batch)
-        latent, _ = self._encode(pyramid)
-        quantized = self.quantizer(latent)
-        return {
-            "sdf": self._decode(quantized.values, pyramid.topology),
+        out = None
+        if self.training and self._may_graph() and torch.is_grad_enabled():
+            out = self._through_graph("train", batch, self._train_pyramid, train=True)
+        if out is None:
+            out = self._train_pyramid(self.build_pyramid(batch))
+        if self.training:
+            self.quantizer.collect(out["latent"].detach().float(), out["ids"])
+        return {"codebook_rows": None, **out}
+
+    def _train_pyramid(self, pyramid: Pyramid, factor: float | None = None) -> Rows:
+        latent, _ = self._encode(pyramid, factor)
+        quantized = self.quantizer.quantize(latent)
+        out = {
+            "sdf": self._decode(quantized.values, pyramid.topology, factor),
             "ids": quantized.ids,
-            "codebook_rows": quantized.codebook_rows,
             "commitment_rows": quantized.commitment_rows,
             "latent": latent,
         }
+        if quantized.codebook_rows is not None:
+            out["codebook_rows"] = quantized.codebook_rows
+        return out
 
     @torch.no_grad()
     def initialize_codebook(self, batches: Iterable[Batch], seed: int = 0) -> None:
@@ -258,3 +359,7 @@ class SparseSDFVQVAE(nn.Module):
         if not rows:
             raise ValueError("initialize_codebook needs at least one batch")
         self.quantizer.initialize(torch.cat(rows), seed)
+
+
+def _round_up_to_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,6 +58,12 @@ def sorted_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tenso
 def _has_varlen(q: Tensor) -> bool:
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
+    return has_varlen()
+
+
+@cache
+def has_varlen() -> bool:
+    """Whether this PyTorch has attention over rows of variable length; looked up once."""
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 

@@ -130,15 +130,24 @@ class Grid:
         side: voxels per block and axis (8 at stride 1, 1 at the latent grid).
         occupancy: [M, side^3] bool in Morton order, or None when all exist.
         num_rows: rows of a feature matrix on this level.
+        padded: rows past the voxels that exist belong to the last sample, have no neighbours, parents or children, and
+            stand at the last slot of the last block, which must not exist (see `build_pyramid`).
     """
 
     def __init__(
-        self, topology: Topology, side: int, occupancy: Tensor | None, num_rows: int, kept: _Kept | None = None
+        self,
+        topology: Topology,
+        side: int,
+        occupancy: Tensor | None,
+        num_rows: int,
+        kept: _Kept | None = None,
+        padded: bool = False,
     ) -> None:
         self.topology = topology
         self.side = side
         self.occupancy = occupancy
         self.num_rows = num_rows
+        self.padded = padded
         self._kept = _Kept() if kept is None else kept
 
     @property
@@ -163,7 +172,8 @@ class Grid:
             else:
                 flat = self.occupancy.reshape(-1)
                 # nonzero_static does not stall the GPU: the size was counted when the batch was collated
-                self._kept.slots = torch.nonzero_static(flat, size=self.num_rows)[:, 0]
+                fill = flat.numel() - 1
+                self._kept.slots = torch.nonzero_static(flat, size=self.num_rows, fill_value=fill)[:, 0]
         return self._kept.slots
 
     @property
@@ -216,6 +226,8 @@ class Grid:
                 per_block = self.occupancy.sum(1)
             counts = torch.zeros(topology.num_samples, dtype=torch.long, device=topology.device)
             counts.index_add_(0, topology.coords[:, 0].long(), per_block)
+            if self.padded:
+                counts[-1] = self.num_rows - counts[:-1].sum()
             self._kept.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).cpu()
         return self._kept.offsets
 
@@ -240,6 +252,8 @@ class Grid:
             else:
                 rows = torch.nn.functional.pad(self.occupancy.sum(1).cumsum(0), (1, 0))
                 self._kept.starts = rows[blocks]
+                if self.padded:
+                    self._kept.starts[-1:].fill_(self.num_rows)
         return self._kept.starts
 
     @property
@@ -306,6 +320,7 @@ def build_pyramid(
     level_sizes: list[int] | None = None,
     num_samples: int | None = None,
     extent: int | None = None,
+    padded: bool = False,
 ) -> Pyramid:
     """Levels of a batch from its blocks.
 
@@ -315,6 +330,9 @@ def build_pyramid(
         level_sizes: rows at strides 1, 2, 4, 8; counted (a stall on a GPU) when None.
         num_samples: batch size; read off the coordinates when None.
         extent: see `Topology`.
+        padded: `level_sizes` are bounds of the rows, and the last sample is there to fill up: at least one block, none
+            with an active voxel. Its rows touch no other sample's; how many real ones there are need not be known to
+            the host, so that work recorded once serves batches of many sizes.
 
     Raises:
         ValueError: shapes that do not fit, or a block without an active voxel.
@@ -331,7 +349,7 @@ def build_pyramid(
         level_sizes = [int(o.sum()) for o in occupancy] + [int(occupancy[2].any(-1).sum())]
         if level_sizes[3] != m:
             raise ValueError(f"every block needs an active voxel; {m - level_sizes[3]} of {m} have none")
-    grids = [Grid(topology, 8 >> i, occupancy[i], level_sizes[i]) for i in range(3)]
+    grids = [Grid(topology, 8 >> i, occupancy[i], level_sizes[i], padded=padded) for i in range(3)]
     grids.append(topology.dense_grid(1))
     if has_kernels(coords.device):
         for fine, coarse in zip(grids, grids[1:]):

@@ -43,7 +43,9 @@ class _Pool(torch.autograd.Function):
         exists = children >= 0
         # every fine voxel is the child of just one coarse one, and children stand in the order of their rows
         parent = torch.arange(children.shape[0], device=grad.device)[:, None].expand_as(children)[exists]
-        return handed.index_select(0, parent), None
+        handed = handed.index_select(0, parent)
+        # the rows that fill a padded level up come last and have no parent
+        return F.pad(handed, (0, 0, 0, ctx.num_fine - handed.shape[0])), None
 
 
 def pool(feats: Tensor, fine: Grid, coarse: Grid) -> Tensor:

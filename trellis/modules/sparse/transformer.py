@@ -87,5 +87,8 @@ class TransformerBlock(nn.Module):
     def forward(self, feats: Tensor, topology: Topology, fused: bool = True) -> Tensor:
         """[M, C] on the latent grid -> [M, C]."""
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, feats, topology, fused, use_reentrant=False)
+            # nothing is drawn at random, and asking the generator for its state waits for the GPU
+            return checkpoint(
+                self._forward, feats, topology, fused, use_reentrant=False, preserve_rng_state=False
+            )
         return self._forward(feats, topology, fused)

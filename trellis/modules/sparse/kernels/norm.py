@@ -211,7 +211,8 @@ def norm_backward(
     starts = tiles.spans if coarse is None else coarse.child_starts
     shape = shape_of(channels)
     partial = torch.empty(number, 2 * channels, dtype=torch.float32, device=x.device)
-    out = torch.empty_like(x)
+    # the rows that fill a padded level up have no parent: nobody else writes their gradient
+    out = torch.zeros_like(x) if grid.padded and coarse is not None else torch.empty_like(x)
     other = grad if grad_pooled is None else grad_pooled
     flags = {"POOL": coarse is not None, "SILU": silu}
     if number:

@@ -1,0 +1,272 @@
+"""CUDA graphs of whole passes: filling up changes no value, and the graphs stand in for the plain passes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from trellis.models.autoencoders import pass_graphs
+from trellis.models.autoencoders.pass_graphs import PassGraphs, Sizes, capacity, cell_width, filling_coords
+from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
+from trellis.modules.sparse.levels import build_pyramid
+from trellis.modules.sparse.morton import packed_keys, slot_positions
+
+
+def spheres(radii, resolution=32, device="cpu"):
+    """Spheres in block form, as collate makes them."""
+    side = resolution // 8
+    cells = slot_positions(side)
+    centre = (cells[:, None] * 8 + slot_positions(8) + 0.5) / resolution - 0.5
+    coords, values = [], []
+    for sample, radius in enumerate(radii):
+        sdf = ((centre.norm(dim=-1) - radius) * resolution / 4).clamp(-1, 1).half()
+        keep = (sdf.abs() < 1).any(1)
+        coords.append(torch.cat([torch.full((int(keep.sum()), 1), sample), cells[keep]], 1).int())
+        values.append(sdf[keep])
+    counts = torch.tensor([len(c) for c in coords])
+    coords, values = torch.cat(coords), torch.cat(values)
+    active = values.abs() < 1
+    levels = [active, active.view(-1, 64, 8).any(2), active.view(-1, 8, 64).any(2)]
+    return {
+        "block_coords": coords.to(device),
+        "block_sdf": values.to(device),
+        "active": active.to(device),
+        "blocks_per_sample": counts,
+        "level_sizes": [int(x.sum()) for x in levels] + [len(coords)],
+        "resolution": resolution,
+    }
+
+
+def model_of(**changes):
+    torch.manual_seed(0)
+    arguments = {"model_channels": 64, "latent_channels": 4, "num_blocks": 2, "num_embeddings": 16}
+    return SparseSDFVQVAE(**{**arguments, **changes})
+
+
+class Repeater:
+    """Stands in for the card: calls the function again where a graph would replay its kernels."""
+
+    bytes = 0
+
+    def rehearse(self, function):
+        function()
+        return 0
+
+    def record(self, function):
+        function()
+        return function
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """A model on the CPU whose passes go through `PassGraphs`, and its twin without."""
+    monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 2, False: 2})
+    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: self.cuda_graphs)
+    model, plain = model_of(backend="cpu"), model_of(backend="cpu", cuda_graphs=False)
+    model._graphs = PassGraphs(Repeater)
+    return model.train(), plain.train()
+
+
+def loss_of(out):
+    return out["sdf"].square().sum() + out["commitment_rows"].sum() + 0.5 * out["codebook_rows"].sum()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_filling_up_changes_no_value_and_no_gradient(fused):
+    model = model_of(fused=fused, backend="cpu").double()
+    batch = spheres([0.42, 0.3])
+    sizes, samples, extent = batch["level_sizes"], 2, 4
+    coords, values, active = batch["block_coords"], batch["block_sdf"].double(), batch["active"]
+    more = Sizes(sizes[3] + 7, sizes[1] + 500, sizes[2] + 3)
+    filling = filling_coords(7, samples, extent)
+    full = [torch.cat([coords, filling])]
+    full.append(torch.cat([values, values.new_full((7, 512), float("nan"))]))  # nobody may read it
+    full.append(torch.cat([active, active.new_zeros(7, 512)]))
+    plain = build_pyramid(coords, values, active, sizes, samples, extent)
+    level_sizes = [sizes[0] if not fused else 512 * more.blocks, *more.level_sizes[1:]]
+    if not fused:  # reads the values at stride 1 where a voxel exists, and the rows that fill up too
+        full[1][-1, -1] = 0
+        level_sizes[0] = sizes[0] + 1000
+    padded = build_pyramid(*full, level_sizes, samples + 1, extent, padded=True)
+    results = []
+    for pyramid in (plain, padded):
+        latent, _ = model.encoder(pyramid, torch.float64, fused=fused, backend="cpu")
+        sdf = model.decoder(latent, pyramid.topology, torch.float64, fused=fused, backend="cpu")
+        kept, latent = sdf[: sizes[3]], latent[: sizes[3]]
+        loss = (kept * torch.linspace(-1, 2, 512)).sum() + latent.square().sum()
+        trained = [*model.encoder.parameters(), *model.decoder.parameters()]
+        results.append([kept, latent, *torch.autograd.grad(loss, trained)])
+    for good, got in zip(*results):
+        torch.testing.assert_close(got, good, rtol=1e-9, atol=1e-10)
+
+
+def test_cells_and_sizes():
+    assert [cell_width(n) for n in (1, 100, 400, 4095, 4096, 30000)] == [16, 16, 32, 256, 512, 512]
+    seen = [Sizes(6688, 220000, 36000), Sizes(6700, 221000, 35000)]
+    assert capacity(seen, False) == Sizes(6720, 221056, 36032)
+    whole = capacity(seen, True)
+    assert 7168 < whole.blocks <= 7200 and 221000 < whole.rows2 < 1.2 * 221000
+    coords = filling_coords(100, 3, 32)
+    assert coords.shape == (100, 4) and bool((coords[:, 0] == 3).all()) and int(coords[:, 1:].max()) < 32
+    assert len(torch.unique(packed_keys(coords))) == 100 and bool((packed_keys(coords).diff() > 0).all())
+    assert filling_coords(100, 0, 4) is None
+
+
+def test_passes_through_graphs_equal_plain_ones(repeated):
+    model, plain = repeated
+    cases = [[0.42], [0.42], [0.41], [0.42], [0.4], [0.42, 0.3], [0.3, 0.42], [0.41, 0.31]]
+    for radii in cases:
+        batch = spheres(radii)
+        for m in (model, plain):
+            m.zero_grad(set_to_none=radii != [0.4])  # one step adds to the gradient before
+            loss_of(m(batch)).backward()
+        got, good = model(batch), plain(batch)
+        for name, value in good.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+        for a, b in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=2e-4, atol=2e-5 * float(b.grad.abs().max() + 1))
+        assert torch.equal(model.quantizer.reduce()[0], plain.quantizer.reduce()[0])
+        model.quantizer.discard()
+        plain.quantizer.discard()
+    assert model._graphs.hits >= 8
+    with torch.no_grad():
+        for _ in range(3):
+            got, good = model.encode(batch), plain.encode(batch)
+            for name, value in good.items():
+                torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+            values = [m.decode_blocks(good["mean"], good["coords"]) for m in (model, plain)]
+            torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+
+
+def test_backward_after_another_pass_is_an_error(repeated):
+    model, _ = repeated
+    batch = spheres([0.42])
+    for _ in range(2):
+        loss_of(model(batch)).backward()
+    first, second = loss_of(model(batch)), loss_of(model(batch))
+    with pytest.raises(RuntimeError, match="before the model's next forward pass"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="before the model's next forward pass"):
+        second.backward()
+
+
+def test_outputs_and_gradients_are_the_callers_own(repeated):
+    model, _ = repeated
+    batches = [spheres([0.42]), spheres([0.42])]
+    batches[1]["block_sdf"] = -batches[1]["block_sdf"]
+    for batch in batches:
+        loss_of(model(batch)).backward()
+    model.zero_grad()
+    out = model(batches[0])
+    loss_of(out).backward()
+    kept = [out["sdf"].detach().clone(), model.decoder.out_layer.weight.grad.clone()]
+    held = model.decoder.out_layer.weight.grad
+    model.zero_grad()
+    loss_of(model(batches[1])).backward()
+    assert torch.equal(out["sdf"], kept[0]) and torch.equal(held, kept[1])
+    assert not torch.equal(model.decoder.out_layer.weight.grad, kept[1])
+
+
+def test_graphs_follow_the_weights(repeated):
+    model, plain = repeated
+    batch = spheres([0.42])
+    for _ in range(2):
+        loss_of(model(batch)).backward()
+    for m in (model, plain):
+        with torch.no_grad():
+            m.decoder.out_layer.bias.fill_(0.25)
+    torch.testing.assert_close(model(batch)["sdf"], plain(batch)["sdf"], rtol=1e-4, atol=1e-5)
+    assert model._graphs.hits == 1
+    model.decoder.out_layer.bias = torch.nn.Parameter(torch.full((1,), -0.25))
+    plain.decoder.out_layer.bias.data.fill_(-0.25)
+    torch.testing.assert_close(model(batch)["sdf"], plain(batch)["sdf"], rtol=1e-4, atol=1e-5)
+    assert model._graphs.hits == 0  # what was recorded read the old tensor
+    assert not copy.deepcopy(model)._graphs._recordings
+
+
+def test_number_of_graphs_is_bounded(repeated):
+    model, _ = repeated
+    model._graphs.max_graphs = 2
+    for radii in ([0.42], [0.42, 0.3], [0.42, 0.3, 0.2]) * 2:
+        model(spheres(radii))
+    assert len(model._graphs._recordings) == 2
+    model._graphs.max_blocks = 8
+    misses = model._graphs.misses
+    model(spheres([0.42]))
+    assert model._graphs.misses == misses
+
+
+GPU_MODES = {"half": (torch.float16, True), "amp": (torch.float16, False), "bf16": (torch.bfloat16, False)}
+
+
+def on_the_card(mode, **changes):
+    dtype, narrow = GPU_MODES[mode]
+    model = model_of(model_channels=128, **changes).cuda().train()
+    model.set_compute_dtype(dtype)
+    if narrow:
+        model.encoder.to(dtype)
+        model.decoder.to(dtype)
+    return model
+
+
+def relative(got, good):
+    return float((got.double() - good.double()).norm() / good.double().norm().clamp_min(1e-12))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [*GPU_MODES, "checkpoint"])
+def test_graphs_on_the_card(mode, cuda_device):
+    changes = {"use_checkpoint": True} if mode == "checkpoint" else {}
+    mode = "half" if changes else mode
+    model, plain = on_the_card(mode, **changes), on_the_card(mode, cuda_graphs=False, **changes)
+    radii = [[0.4], [0.4], [0.398], [0.4], [0.402], [0.401], [0.3, 0.42], [0.3, 0.42], [0.42, 0.3], [0.4], [0.401]]
+    eps = torch.finfo(model.compute_dtype).eps
+    for step, radius in enumerate(radii):
+        batch = spheres(radius, 128, "cuda")
+        for m in (model, plain):
+            m.zero_grad(set_to_none=step % 3 > 0)
+            out = m(batch)
+            loss = (out["sdf"] - batch["block_sdf"].float()).square().mean() + out["codebook_rows"].mean()
+            (256 * (loss + 0.25 * out["commitment_rows"].mean())).backward()
+            if m is model:
+                got = out
+        for name in ("sdf", "latent"):
+            assert relative(got[name], out[name]) < 16 * eps, (step, name)
+        assert float((got["ids"] == out["ids"]).float().mean()) > 0.97
+        for (name, a), b in zip(model.named_parameters(), plain.parameters()):
+            assert relative(a.grad, b.grad) < 64 * eps, (step, name)
+        with torch.no_grad():
+            for parameters in zip(model.parameters(), plain.parameters()):
+                for p in parameters:
+                    p.sub_(parameters[1].grad.clamp(-1, 1), alpha=1e-4)
+        for m in (model, plain):
+            m.quantizer.discard()
+    assert model._graphs.hits >= 4
+    first, second = model(batch), model(batch)
+    with pytest.raises(RuntimeError, match="before the model's next forward pass"):
+        first["sdf"].sum().backward()
+    second["sdf"].sum().backward()
+
+
+@pytest.mark.gpu
+def test_memory_of_graphs_does_not_creep(cuda_device):
+    model = on_the_card("half")
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for step in range(150):
+        radius = 0.3 + 0.12 * float(torch.rand(1, generator=generator))
+        out = model(spheres([radius], 128, "cuda"))
+        (out["sdf"].square().mean() + out["codebook_rows"].mean()).backward()
+        model.zero_grad()
+        model.quantizer.discard()
+        del out
+        if step % 25 == 24:
+            torch.cuda.empty_cache()
+            seen.append(torch.cuda.memory_reserved())
+    graphs = model._graphs
+    print("reserved", seen, "graphs", len(graphs._recordings), "hits", graphs.hits, "misses", graphs.misses)
+    assert graphs.hits > 60
+    assert seen[-1] <= 1.02 * seen[-3] + (8 << 20)
