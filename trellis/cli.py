@@ -81,6 +81,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 Resolution = Annotated[int | None, typer.Option(help="voxels per side; default: what the model was trained at")]
 MaxHole = Annotated[float | None, typer.Option("--max-hole-mm", help="widest hole of a surface that is closed")]
 NestedOption = Annotated[Nested, typer.Option("--nested", help="what a closed surface inside another means")]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option("--max-memory-gb", help="split large shapes into parts, to stay within so many GB of the device"),
+]
 Labels = Annotated[str | None, typer.Option(help="label numbers or names to take, with commas between")]
 
 Command = TypeVar("Command", bound=Callable[..., int])
@@ -237,7 +241,13 @@ def encode(
     return report_outcome(outcome, out, "token files")
 
 
-@app.command(epilog="Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format stl")
+DECODE_EXAMPLES = """\
+Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format stl
+
+Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format ply --max-memory-gb 4"""
+
+
+@app.command(epilog=DECODE_EXAMPLES)
 @edge
 def decode(
     ckpt: Ckpt,
@@ -248,6 +258,7 @@ def decode(
     spacing_mm: Annotated[float | None, typer.Option("--spacing-mm", help="cubic voxels of a nii.gz")] = None,
     merge: Annotated[str | None, typer.Option(help="NAME of one label volume of all shapes; needs --like")] = None,
     mesh_space: Annotated[Space, typer.Option("--mesh-space", help="space that meshes are written in")] = Space.LPS,
+    max_memory_gb: MaxMemory = None,
     device: Device = None,
     no_ema: NoEma = False,
     debug: Debug = False,
@@ -262,7 +273,7 @@ def decode(
     grid = VolumeGrid.like(like) if like else VolumeGrid(spacing_mm=spacing_mm) if spacing_mm is not None else None
     if merge is not None and like is None:
         raise ValueError("--merge needs --like REFERENCE: shapes have no grid in common")
-    tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
+    tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema, max_memory_gb=max_memory_gb)
     with progress_on_stderr("decoding") as progress:
         if merge is not None and grid is not None:
             name = merge if merge.endswith(".nii.gz") else f"{merge}.nii.gz"

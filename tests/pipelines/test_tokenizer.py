@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pipeline_shapes import small_model
 
+from trellis.models.autoencoders.split_decode import PartSizes, parts_within
 from trellis.pipelines import checkpoints
 from trellis.pipelines.token_files import load_tokens, save_tokens
 from trellis.pipelines.tokenizer import SparseSDFTokenizer, model_hash, resolve_device, to_float16
@@ -255,3 +257,65 @@ def test_tokens_without_a_place(tokenizer, blocks, tmp_path):
     assert again.to_world is None
     vertices, _ = tokenizer.decode_mesh(again)
     assert np.abs(vertices).max() <= 0.5 + 1e-9
+
+
+def test_decoding_within_a_budget_has_the_values_of_the_whole(model, blocks, monkeypatch):
+    whole = SparseSDFTokenizer(model, resolution=32)
+    tokens = whole.encode(blocks)
+    taken = []
+
+    def small_parts(*given):
+        parts_within(*given)
+        taken.append(PartSizes(64, 56, 40))
+        return taken[-1]
+
+    monkeypatch.setattr("trellis.pipelines.tokenizer.parts_within", small_parts)
+    parts = SparseSDFTokenizer(model, resolution=32, max_memory_gb=1.0).decode(tokens)
+    assert len(taken) == 1
+    # float32 on another path of the CPU's convolutions, then float16: one unit in the last place of 1
+    np.testing.assert_allclose(
+        parts.block_sdf.astype(float), whole.decode(tokens).block_sdf.astype(float), rtol=0, atol=1e-3
+    )
+
+
+def test_a_budget_that_is_too_small_says_what_is_enough(model, blocks):
+    tokens = SparseSDFTokenizer(model, resolution=32).encode(blocks)
+    with pytest.raises(ValueError, match=r"too little.*the least is 0\.1\d GB"):
+        SparseSDFTokenizer(model, resolution=32, max_memory_gb=0.05).decode(tokens)
+    with pytest.raises(ValueError, match="max_memory_gb must be above 0, got 0"):
+        SparseSDFTokenizer(model, max_memory_gb=0)
+
+
+@pytest.mark.parametrize("space", ["LPS", "RAS"])
+def test_ply_from_tensors_is_what_write_mesh_writes(tokenizer, blocks, tmp_path, space):
+    from trellis.utils.mesh_utils import write_mesh
+
+    tokens = tokenizer.encode(blocks)
+    vertices, faces = tokenizer.decode_mesh(tokens)
+    write_mesh(tmp_path / "a.ply", vertices, faces, mesh_space=space)
+    assert tokenizer.decode_ply(tokens, tmp_path / "b.ply", mesh_space=space) == len(faces)
+    assert (tmp_path / "a.ply").read_bytes() == (tmp_path / "b.ply").read_bytes()
+    write_mesh(tmp_path / "empty.ply", vertices[:0], faces[:0], mesh_space=space)
+    assert (tmp_path / "empty.ply").read_bytes().endswith(b"end_header\n")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [None, 0.5, 0.25])
+def test_decoding_on_the_card_is_that_of_the_cpu(cuda_device, model, blocks, budget):
+    tokens = SparseSDFTokenizer(model, resolution=32).encode(blocks)
+    options = {"device": cuda_device, "compute_dtype": torch.float32, "max_memory_gb": budget}
+    card = SparseSDFTokenizer(small_model(), resolution=32, **options)
+    card.model.load_state_dict(model.state_dict())
+    card.model_hash = tokens.model_hash
+    torch.cuda.reset_peak_memory_stats()
+    got = card.decode(tokens)
+    want = SparseSDFTokenizer(model, resolution=32).decode(tokens)
+    np.testing.assert_allclose(got.block_sdf.astype(float), want.block_sdf.astype(float), rtol=0, atol=1e-3)
+    vertices, faces = card.decode_mesh(tokens)
+    from trellis.geometry.isosurface import extract_mesh
+
+    expected = extract_mesh(got)
+    np.testing.assert_allclose(vertices, expected[0], rtol=0, atol=1e-9)
+    assert len(faces) == len(expected[1])
+    if budget is not None:
+        assert torch.cuda.max_memory_allocated() < budget * 1e9

@@ -20,7 +20,7 @@ from trellis.pipelines.label_volume import (
 )
 from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
 from trellis.pipelines.token_files import TOKEN_SUFFIX, Tokens, load_tokens, save_tokens
-from trellis.pipelines.tokenizer import SparseSDFTokenizer
+from trellis.pipelines.tokenizer import NO_SURFACE, SparseSDFTokenizer
 from trellis.preparation.privacy import scrub
 from trellis.utils.io_utils import atomic_write, sha256_of_file
 
@@ -250,9 +250,7 @@ def decode_together(
     return outcome
 
 
-def _mask(
-    tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens, grid: VolumeGrid
-) -> tuple[np.ndarray, np.ndarray]:
+def _mask(tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens, grid: VolumeGrid) -> tuple[np.ndarray, np.ndarray]:
     """Voxels inside the decoded shape, and their affine."""
     if tokens.to_world is None:
         raise ValueError(f"{path}: the tokens have no place in millimetres (to_world), and so none in a volume")
@@ -265,7 +263,7 @@ def _mesh(tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens) -> tuple[np
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if len(faces) == 0:
-        raise ValueError(f"{path}: the decoded field has no surface; there is nothing to write")
+        raise ValueError(f"{path}: {NO_SURFACE}")
     return vertices, faces
 
 
@@ -279,8 +277,14 @@ def _decode_one(
         inside, affine = _mask(tokenizer, path, tokens, grid)
         write_nifti(target, inside.astype(np.uint8), affine)
         return
-    vertices, faces = _mesh(tokenizer, path, tokens)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".ply":
+        try:
+            tokenizer.decode_ply(tokens, target, mesh_space=mesh_space)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return
+    vertices, faces = _mesh(tokenizer, path, tokens)
     write_mesh(target, vertices, faces, mesh_space=mesh_space)
 
 

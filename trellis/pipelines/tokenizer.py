@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from trellis.models.autoencoders.split_decode import parts_within, split_decode
 from trellis.pipelines.checkpoints import load_model
+from trellis.pipelines.mesh_output import write_ply_tensors
 from trellis.pipelines.shape_inputs import InputOptions, blocks_of_mesh
 from trellis.pipelines.token_files import Tokens, load_tokens, tensors_hash
 from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks, c_to_morton_permutation, check_resolution
 from trellis.utils.io_utils import load_sparse_sdf, write_json
+
+NO_SURFACE = "the decoded field has no surface; there is nothing to write"
 
 Shape = SparseSDFBlocks | str | Path | tuple[np.ndarray, np.ndarray]
 
@@ -27,6 +31,9 @@ class SparseSDFTokenizer:
         device: "cpu", "cuda", "cuda:1" or a torch.device.
         compute_dtype: dtype of the network's activations; None is float32 on a CPU and float16 on CUDA. The quantizer
             always works in float32. Tokens made in float16 may differ in few codes from those made in float32.
+        max_memory_gb: decode within so many GB (1e9 bytes) of the device's memory, weights included, by splitting
+            shapes into parts; None: at once. The parts' values are those of the whole up to rounding. On a CPU it
+            bounds the network alone. Encoding is not split: its norms run over the whole shape.
 
     Example:
         >>> tokenizer = SparseSDFTokenizer.from_pretrained("runs/liver")
@@ -41,7 +48,11 @@ class SparseSDFTokenizer:
         resolution: int | None = None,
         device: str | torch.device = "cpu",
         compute_dtype: torch.dtype | None = None,
+        max_memory_gb: float | None = None,
     ) -> None:
+        if max_memory_gb is not None and not max_memory_gb > 0:
+            raise ValueError(f"max_memory_gb must be above 0, got {max_memory_gb}")
+        self.max_memory_gb = max_memory_gb
         self.resolution = None if resolution is None else check_resolution(resolution)
         self.device = torch.device(device)
         # Before the move and any change of dtype: the hash is of the weights as they are stored.
@@ -62,6 +73,7 @@ class SparseSDFTokenizer:
         ema: bool = True,
         resolution: int | None = None,
         compute_dtype: torch.dtype | None = None,
+        max_memory_gb: float | None = None,
     ) -> SparseSDFTokenizer:
         """The tokenizer of a run folder, a checkpoint file, a published folder or a hub id.
 
@@ -71,13 +83,17 @@ class SparseSDFTokenizer:
             device: None is "cuda" where there is one, else "cpu".
             ema: take the averaged weights of a run.
             resolution: overrides the resolution that the run was trained at.
+            compute_dtype, max_memory_gb: as of the class.
 
         Raises:
             ValueError: nothing usable under `source`, weights that do not fit, or a device that is not there.
         """
         device = resolve_device(device)
         model, trained_at = load_model(source, ema=ema)
-        return cls(model, resolution=resolution or trained_at, device=device, compute_dtype=compute_dtype)
+        resolution = resolution or trained_at
+        return cls(
+            model, resolution=resolution, device=device, compute_dtype=compute_dtype, max_memory_gb=max_memory_gb
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a published folder: config.json, with the resolution, and model.safetensors."""
@@ -135,9 +151,7 @@ class SparseSDFTokenizer:
             prep_hash=blocks.prep_hash,
         )
 
-    def read_shape(
-        self, shape: Shape, *, resolution: int | None = None, mesh_space: str = "LPS"
-    ) -> SparseSDFBlocks:
+    def read_shape(self, shape: Shape, *, resolution: int | None = None, mesh_space: str = "LPS") -> SparseSDFBlocks:
         """The sparse SDF of whatever `encode` takes."""
         wanted = None if resolution is None else check_resolution(resolution)
         if isinstance(shape, (str, Path)) and Path(shape).suffix.lower() == ".npz":
@@ -146,9 +160,7 @@ class SparseSDFTokenizer:
             if wanted is not None and shape.resolution != wanted:
                 raise ValueError(f"resolution {wanted} was asked for, but the prepared shape has {shape.resolution}")
             return shape
-        options = InputOptions(
-            resolution=wanted or self.resolution, mesh_space=mesh_space, device=self.device.type
-        )
+        options = InputOptions(resolution=wanted or self.resolution, mesh_space=mesh_space, device=self.device.type)
         if not isinstance(shape, (str, Path)):
             return blocks_of_mesh(*shape, options)
         from trellis.utils.mesh_utils import read_mesh
@@ -159,7 +171,7 @@ class SparseSDFTokenizer:
         except ValueError as error:
             raise ValueError(f"{shape}: {error}") from None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: tables that are kept for later calls must serve training too
     def encode_blocks(self, blocks: SparseSDFBlocks) -> np.ndarray:
         """Codes int32 [M] (or [M, q]) of the blocks of one shape, in their order."""
         from trellis.datasets.sparse_sdf import collate, sample_from_blocks
@@ -174,33 +186,69 @@ class SparseSDFTokenizer:
         """The decoded TSDF, blocks in Morton order, float16.
 
         Raises:
-            ValueError: an unreadable file, or tokens that another model made.
+            ValueError: an unreadable file, tokens that another model made, or a memory budget that is too small.
         """
-        if not isinstance(tokens, Tokens):
-            path = tokens
-            tokens = load_tokens(path)
-            try:
-                self.check(tokens)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-        else:
-            self.check(tokens)
-        return SparseSDFBlocks(
-            block_index=tokens.block_index,
-            block_sdf=self._decode_ids(tokens),
-            to_world=tokens.to_world,
-            resolution=tokens.resolution,
-            band_voxels=tokens.band_voxels,
-            label=tokens.label,
-            frame=tokens.frame,
-            prep_hash=tokens.prep_hash,
-        )
+        tokens = self._checked(tokens)
+        return _as_blocks(tokens, self._decode_ids(tokens).cpu())
 
     def decode_mesh(self, tokens: Tokens | str | Path) -> tuple[np.ndarray, np.ndarray]:
         """The decoded surface: vertices float64 [V, 3], RAS mm (grid space without `to_world`), faces int64 [F, 3]."""
-        from trellis.geometry.isosurface import extract_mesh
+        vertices, faces = self._decode_surface(tokens)
+        return vertices.cpu().numpy(), faces.long().cpu().numpy()
 
-        return extract_mesh(self.decode(tokens))
+    def decode_ply(self, tokens: Tokens | str | Path, path: str | Path, *, mesh_space: str = "LPS") -> int:
+        """Write the decoded surface as a binary PLY file, packed on the device; returns the number of triangles.
+
+        Args:
+            mesh_space: "LPS" or "RAS": the axes that are written, and tagged.
+
+        Raises:
+            ValueError: as `decode`, or a field without a surface.
+        """
+        vertices, faces = self._decode_surface(tokens)
+        if not len(faces):
+            raise ValueError(NO_SURFACE)
+        write_ply_tensors(path, vertices, faces, mesh_space=mesh_space)
+        return len(faces)
+
+    def _decode_surface(self, tokens: Tokens | str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vertices float64 [V, 3] and faces [F, 3], on the device where they were made."""
+        tokens = self._checked(tokens)
+        return self.surface_of(tokens, self._decode_ids(tokens))
+
+    def surface_of(self, tokens: Tokens, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The surface of block values float16 [M, 8, 8, 8] at the tokens' places; as tensors, see `decode_mesh`.
+
+        On CUDA it is made there, unless that takes more than `max_memory_gb`; else on the CPU.
+        """
+        from trellis.geometry.isosurface import extract_mesh
+        from trellis.geometry.isosurface_torch import extract_mesh_tensors, surface_bytes
+
+        if values.device.type == "cpu" or (
+            self.max_memory_gb is not None
+            and surface_bytes(values) + values.nbytes > self.max_memory_gb * 1e9 - self._weight_bytes
+        ):
+            return tuple(torch.from_numpy(part) for part in extract_mesh(_as_blocks(tokens, values.cpu())))
+        return extract_mesh_tensors(
+            torch.from_numpy(tokens.block_index).to(values.device),
+            values,
+            resolution=tokens.resolution,
+            band_voxels=tokens.band_voxels,
+            to_world=tokens.to_world,
+        )
+
+    def _checked(self, tokens: Tokens | str | Path) -> Tokens:
+        """Tokens that this model made, from memory or a file."""
+        if isinstance(tokens, Tokens):
+            self.check(tokens)
+            return tokens
+        path = tokens
+        tokens = load_tokens(path)
+        try:
+            self.check(tokens)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return tokens
 
     def check(self, tokens: Tokens) -> None:
         """ValueError unless this model made the tokens."""
@@ -210,19 +258,41 @@ class SparseSDFTokenizer:
                 f"{self.model_hash[:12]}); decode them with the checkpoint that encoded them"
             )
 
-    @torch.inference_mode()
-    def _decode_ids(self, tokens: Tokens) -> np.ndarray:
-        """Block values float16 [M, 8, 8, 8] in C order; inside stays inside when float16 rounds to zero."""
+    @torch.no_grad()
+    def _decode_ids(self, tokens: Tokens) -> torch.Tensor:
+        """Block values float16 [M, 8, 8, 8] in C order, on the device; inside stays inside when they round to zero."""
         m = len(tokens.ids)
-        shape = (m, *(STORAGE_BLOCK,) * 3)
-        if m == 0:
-            return np.zeros(shape, dtype=np.float16)
+        out = torch.empty(m, STORAGE_BLOCK**3, dtype=torch.float16, device=self.device)
         ids = torch.from_numpy(tokens.ids).to(self.device, torch.int64)
         coords = torch.zeros((m, 4), dtype=torch.int32)
         coords[:, 1:] = torch.from_numpy(tokens.block_index.astype(np.int32))
-        rows = self.model.quantizer.lookup(ids)
-        sdf = self.model.decode_blocks(rows, coords.to(self.device))
-        return to_float16(sdf)[:, self._to_c_order].cpu().numpy().reshape(shape)
+        coords, model = coords.to(self.device), self.model
+        if m and self.max_memory_gb is None:
+            out = to_float16(model.decode_blocks(model.quantizer.lookup(ids), coords))[:, self._to_c_order]
+        elif m:
+            budget = self.max_memory_gb * 1e9 - self._weight_bytes
+            sizes = parts_within(model.decoder, m, budget, model.compute_dtype, self.device)
+            given = (model.decoder, model.quantizer.lookup(ids), coords, model.compute_dtype, sizes)
+            for rows, values in split_decode(*given, fused=model.fused, backend=model.backend):
+                out[rows] = to_float16(values)[:, self._to_c_order]
+        return out.view(m, *(STORAGE_BLOCK,) * 3)
+
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
+
+
+def _as_blocks(tokens: Tokens, values: torch.Tensor) -> SparseSDFBlocks:
+    return SparseSDFBlocks(
+        block_index=tokens.block_index,
+        block_sdf=values.numpy(),
+        to_world=tokens.to_world,
+        resolution=tokens.resolution,
+        band_voxels=tokens.band_voxels,
+        label=tokens.label,
+        frame=tokens.frame,
+        prep_hash=tokens.prep_hash,
+    )
 
 
 def to_float16(sdf: torch.Tensor) -> torch.Tensor:

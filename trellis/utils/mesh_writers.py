@@ -37,19 +37,29 @@ def write_stl(path: Path, vertices: np.ndarray, faces: np.ndarray, space: str) -
         stream.write(triangles.tobytes())
 
 
+PLY_FACE = np.dtype([("n", "u1"), ("index", "<i4", 3)])
+"""One binary PLY triangle, 13 bytes."""
+
+
 def write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray, space: str) -> None:
-    rows = np.zeros(len(faces), dtype=[("n", "u1"), ("index", "<i4", 3)])
+    rows = np.empty(len(faces), dtype=PLY_FACE)
     rows["n"] = 3
     rows["index"] = faces
+    write_ply_rows(path, vertices.astype("<f4"), rows.view(np.uint8), space)
+
+
+def write_ply_rows(path: Path, vertices: np.ndarray, rows: np.ndarray, space: str) -> None:
+    """A binary PLY file from what stands in it: vertices float32 [V, 3], and the triangles' bytes (`PLY_FACE`)."""
     header = (
         f"ply\nformat binary_little_endian 1.0\ncomment {_tag(space)}\n"
         f"element vertex {len(vertices)}\nproperty float x\nproperty float y\nproperty float z\n"
-        f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+        f"element face {rows.size // PLY_FACE.itemsize}\nproperty list uchar int vertex_indices\nend_header\n"
     )
     with atomic_write(path) as stream:
         stream.write(header.encode())
-        stream.write(vertices.astype("<f4").tobytes())
-        stream.write(rows.tobytes())
+        for part in (vertices, rows):
+            if part.size:  # an empty array has no bytes to view
+                stream.write(memoryview(np.ascontiguousarray(part)).cast("B"))
 
 
 def write_obj(path: Path, vertices: np.ndarray, faces: np.ndarray, space: str) -> None:

@@ -13,6 +13,14 @@ convolution reads one voxel further on either side; a subdivision reads parents 
 
 Between the two parts the whole shape is held, where a block has the fewest numbers (`SparseSDFDecoder.coarse`). Rows of
 the halo are computed too, are wrong near its rim, and are dropped: every block is handed out once.
+
+Memory, by counting the tensors that live at once, in units of C numbers of the activations' dtype (C channels, MLP
+ratio r), and in bytes of tables beside them (docs/performance.md has what is measured):
+
+    held for every block     2 (x and the state between the parts) + 400 bytes; or 1 + 1 KB of values + 400 bytes
+    trunk, a row             16 + 2 r
+    coarse, a block          8 + 1.3 KB of neighbours (on a CPU, where they are 64-bit while they are made: 14 KB)
+    fine, a block            22 + 8.3 KB (on a CPU 31 + 100 KB)
 """
 
 from __future__ import annotations
@@ -37,6 +45,44 @@ class PartSizes:
     trunk: int
     coarse: int
     fine: int
+
+
+WORKSPACE_BYTES = 128 << 20
+"""Libraries' workspaces, weights cast for a layer, and a gathered chunk of the CPU's convolutions."""
+
+
+def parts_within(
+    decoder: SparseSDFDecoder, num_blocks: int, max_bytes: float, dtype: torch.dtype, device: torch.device
+) -> PartSizes:
+    """Part sizes whose peak, with all that a shape of `num_blocks` blocks holds throughout, stays below `max_bytes`.
+
+    Args:
+        max_bytes: of everything but the weights.
+
+    Raises:
+        ValueError: a budget that is too small for the smallest parts; names the least that is enough.
+    """
+    c, ratio = decoder.input_layer.out_features, 0.0
+    window = 1
+    for block in decoder.blocks:
+        ratio, window = block.mlp.mlp[0].out_features / c, block.attn.window_size
+    row = c * dtype.itemsize
+    on_cpu = device.type == "cpu"
+    each = (
+        (16 + 2 * ratio) * row,
+        8 * row + (14 << 10 if on_cpu else 1300),
+        (31 * row + (100 << 10) if on_cpu else 22 * row + 8300),
+    )
+    # an attention window, and a block with two rings or one around it
+    least = [min(num_blocks, n) for n in (window**3, (2 * COARSE_RINGS + 1) ** 3, (2 * FINE_RINGS + 1) ** 3)]
+    held = WORKSPACE_BYTES + num_blocks * (max(2 * row, row + 1024) + 400)
+    need = held + max(n * size for n, size in zip(least, each))
+    if max_bytes < need:
+        raise ValueError(
+            f"{max_bytes / 1e9:.2f} GB beside the weights are too little to decode {num_blocks} blocks in parts; "
+            f"the least is {need / 1e9:.2f} GB"
+        )
+    return PartSizes(*(min(num_blocks, int((max_bytes - held) / size)) for size in each))
 
 
 @torch.no_grad()
