@@ -29,10 +29,10 @@ from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks
 _PAD = 11  # voxels -1..9 of a block along each axis
 _VOXELS = STORAGE_BLOCK**3
 _STRIDES = (_PAD * _PAD, _PAD, 1)
-_MAYBE_SHARP_COSINE = 0.9
-"""Normals of one triangle that differ more are looked at by `sharpen`, whose own bound is lower."""
+_BENT_COSINE = 0.91
+"""Normals of one triangle that differ more than this are looked at by `sharpen`, whose own bounds are lower."""
 _RINGS = 3
-"""Steps around vertices without a well-known normal within which `sharpen` may move vertices or read them."""
+"""Steps around such triangles and vertices without a well-known normal that `sharpen` may move vertices in, or read."""
 
 
 @dataclass(frozen=True)
@@ -350,35 +350,34 @@ def _faces(rows: Tensor, neighbours: Tensor, num_rows: int, edges: _Edges, sizes
 def _sharpened(edges: _Edges, faces: Tensor, table_rows: Tensor, sizes: ChunkSizes) -> tuple[Tensor, Tensor, Tensor]:
     """Vertices, normals and faces after `sharpen`, which gets the loops that it can change and the faces around.
 
-    It reads and changes only what lies within `_RINGS` steps of a vertex without a well-known normal, and loops with
-    normals far apart.
+    It reads and changes only what lies within `_RINGS` steps of a vertex without a well-known normal, or of a triangle
+    with normals far apart.
     """
     device, vertices, normals = faces.device, edges.vertices, edges.normals
     near = ~edges.reliable
-    if bool(near.any()):
-        for _ in range(_RINGS):
-            grown = near.clone()
-            for part in faces.split(sizes.faces):
-                grown[part[near[part].any(1)].long().view(-1)] = True
-            near = grown
+    for part in faces.split(sizes.faces):
+        normal = normals[part]
+        bent = (normal * normal.roll(-1, 1)).sum(2).amin(1) < _BENT_COSINE
+        near[part[bent].long().view(-1)] = True
+    if not bool(near.any()):
+        return vertices, normals, faces
+    for _ in range(_RINGS):
+        grown = near.clone()
+        for part in faces.split(sizes.faces):
+            grown[part[near[part].any(1)].long().view(-1)] = True
+        near = grown
+    # whole loops: a loop's triangles are consecutive
     table = case_table()
     loop_of = torch.from_numpy(table.loop_of_triangle).to(device)
     loop_start = torch.from_numpy(table.loop_triangle).to(device)
     loop_size = torch.bincount(loop_of)
     chosen = torch.zeros(len(faces), dtype=torch.bool, device=device)
     for start in range(0, len(faces), sizes.faces):
-        part = faces[start : start + sizes.faces]
-        normal = normals[part]
-        wanted = near[part].any(1)
-        for i, j in ((0, 1), (1, 2), (2, 0)):
-            wanted |= (normal[:, i] * normal[:, j]).sum(1) < _MAYBE_SHARP_COSINE
-        found = wanted.nonzero()[:, 0] + start
+        found = near[faces[start : start + sizes.faces]].any(1).nonzero()[:, 0] + start
         loop = loop_of[table_rows[found].long()]
         first = found - (table_rows[found] - loop_start[loop])
         for k in range(int(loop_size.max())):
             chosen[(first + k)[k < loop_size[loop]]] = True
-    if not bool(chosen.any()):
-        return vertices, normals, faces
     part = faces[chosen].long()
     used, local = torch.unique(part, return_inverse=True)
     given = (vertices[used], normals[used], edges.reliable[used], local, table_rows[chosen])
