@@ -1,8 +1,9 @@
 """Forward + backward, encode and decode of the published network on a spherical shell.
 
-python benchmarks/bench_network.py --resolution 256 512 1024 [--dtype float16] [--json FILE] [--profile FOLDER]
+python benchmarks/bench_network.py --resolution 256 512 1024 [--dtype float16] [--no-graphs] [--json FILE] [--profile FOLDER]
 
-Prints, and writes to FILE, milliseconds (median, fastest, slowest), peak memory of PyTorch's allocator, and the
+Prints, and writes to FILE, milliseconds (median, fastest, slowest), peak memory of PyTorch's allocator with the region of
+CUDA graphs ("peak_gb") and what it had reserved at most while recording them, too ("reserved_gb"), and the
 arithmetic floor: multiply-adds with the 8-tap rule and every tap counted, three times the forward ones for forward +
 backward, at 790 TFLOP/s.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from shell_batch import machine, shell_batch, timed
 
+from trellis.models.autoencoders.pass_graphs import SIGHTINGS
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 
 RATE = 790e12
@@ -37,24 +39,32 @@ def multiply_adds(sizes: list[int], c: int = 512, blocks: int = 4) -> tuple[floa
     return encoder + layers, decoder + layers
 
 
-def row(name: str, times: list[float], peak: int, floor_ms: float) -> dict:
+def row(name: str, times: list[float], peak: int, reserved: int, floor_ms: float) -> dict:
     return {
         "what": name,
         "median_ms": round(statistics.median(times), 2),
         "fastest_ms": round(times[0], 2),
         "slowest_ms": round(times[-1], 2),
         "peak_gb": round(peak / 1e9, 2),
+        "reserved_gb": round(reserved / 1e9, 2),
         "floor_ms": round(floor_ms, 2),
     }
 
 
-def measure(function, name: str, floor_ms: float, repeats: int) -> dict:
-    function()
+def measure(model: SparseSDFVQVAE, function, name: str, floor_ms: float, repeats: int) -> dict:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    # as many calls as a cell of sizes needs before it has its graph
+    for _ in range(SIGHTINGS[model.training] + 1):
+        function()
+    torch.cuda.synchronize()
+    reserved = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     times = timed(function, repeats)
-    return row(name, times, torch.cuda.max_memory_allocated(), floor_ms)
+    peak = torch.cuda.max_memory_allocated() + model.graph_bytes
+    return row(name, times, peak, max(reserved, torch.cuda.max_memory_reserved()), floor_ms)
 
 
 def back_to_back(function, repeats: int) -> float:
@@ -83,6 +93,7 @@ def profile(function, path: Path) -> None:
 
 def bench(model: SparseSDFVQVAE, resolution: int, repeats: int, profiles: Path | None) -> list[dict]:
     """The rows of one resolution."""
+    model.release_graphs()
     batch = shell_batch(resolution, "cuda")
     target = batch["block_sdf"].float()
     encoder, decoder = (2e3 * x / RATE for x in multiply_adds(batch["level_sizes"]))
@@ -103,7 +114,7 @@ def bench(model: SparseSDFVQVAE, resolution: int, repeats: int, profiles: Path |
         return model.encode(batch)
 
     model.train()
-    rows = [measure(step, "forward + backward", 3 * (encoder + decoder), repeats)]
+    rows = [measure(model, step, "forward + backward", 3 * (encoder + decoder), repeats)]
     rows[0]["back_to_back_ms"] = round(back_to_back(step, repeats), 2)
     if profiles:
         profiles.mkdir(parents=True, exist_ok=True)
@@ -115,8 +126,8 @@ def bench(model: SparseSDFVQVAE, resolution: int, repeats: int, profiles: Path |
     def decode() -> None:
         model.decode_blocks(latent["mean"], latent["coords"])
 
-    rows.append(measure(encode, "encode", encoder, repeats))
-    rows.append(measure(decode, "decode", decoder, repeats))
+    rows.append(measure(model, encode, "encode", encoder, repeats))
+    rows.append(measure(model, decode, "decode", decoder, repeats))
     sizes = batch["level_sizes"]
     return [{"resolution": resolution, "voxels_in": sizes[0], "voxels_out": 512 * sizes[3], **r} for r in rows]
 
@@ -126,14 +137,16 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--weights", choices=["float16", "bfloat16", "float32"], help="as --dtype")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel from the host")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     results = {"date": date.today().isoformat(), **machine(), "dtype": args.dtype, "rows": []}
-    model = SparseSDFVQVAE(model_channels=512, latent_channels=16, num_blocks=4).cuda()
+    model = SparseSDFVQVAE(model_channels=512, latent_channels=16, num_blocks=4, cuda_graphs=not args.no_graphs).cuda()
     model.set_compute_dtype(getattr(torch, args.dtype))
+    results["cuda_graphs"] = not args.no_graphs
     results["weights"] = args.weights or args.dtype
     model.encoder.to(getattr(torch, results["weights"]))
     model.decoder.to(getattr(torch, results["weights"]))

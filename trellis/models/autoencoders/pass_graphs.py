@@ -156,13 +156,14 @@ class CudaRecorder:
         return took
 
     def reserve(self, size: int) -> bool:
-        """One free segment of `size` bytes for the recordings to come; False where the card has not so much left.
+        """One free segment of `size` bytes for the recordings to come; False where the card has no room.
 
         One segment, since each recording starts with all of it free: however their sizes differ, it does not grow.
+        There is room where as much again is left, for the batches that run as they are.
         """
         self.release()
         free, _ = torch.cuda.mem_get_info()
-        if free < 1.05 * size:
+        if free < 2.1 * size:
             return False
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -206,6 +207,7 @@ class PassGraphs:
         max_blocks: int = MAX_BLOCKS,
     ) -> None:
         self.make_recorder, self.max_graphs, self.max_blocks = make_recorder, max_graphs, max_blocks
+        self._refused = False
         self.clear()
 
     def clear(self) -> None:
@@ -218,9 +220,14 @@ class PassGraphs:
         self._gradients: list[tuple[Tensor, list[Tensor], list[int]]] = []
         self._recorder: Any = None
         self._state: Hashable = None
-        self._refused = False
         self.hits = self.misses = 0
         self.turn = 0
+
+    def refuse(self, reason: str) -> None:
+        """Give all memory back and record nothing from now on."""
+        logger.warning("no CUDA graphs: %s", reason)
+        self.clear()
+        self._refused = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassGraphs:
         return PassGraphs(self.make_recorder, self.max_graphs, self.max_blocks)
@@ -359,8 +366,7 @@ class PassGraphs:
             wanted = took if self._recorder.bytes == 0 else took + took // 2
             self._recordings.clear()
             if not self._recorder.reserve(wanted):
-                logger.warning("no CUDA graphs: they need %.1f GB more than the card has left", wanted / 1e9)
-                self._refused = True
+                self.refuse(f"they need {wanted / 1e9:.1f} GB, and as much must stay free")
                 return False
         recording.forward = self._recorder.record(forward)
         if train:

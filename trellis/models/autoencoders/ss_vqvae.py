@@ -283,6 +283,15 @@ class SparseSDFVQVAE(nn.Module):
             and not torch.cuda.is_current_stream_capturing()
         )
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that recorded passes hold, beside what PyTorch's allocator counts as allocated."""
+        return self._graphs.reserved_bytes
+
+    def release_graphs(self) -> None:
+        """Forget all recorded passes and give their memory back."""
+        self._graphs.clear()
+
     def _switches(self) -> tuple[Any, ...]:
         return self.compute_dtype, self.backend, torch.backends.cuda.matmul.allow_tf32
 
@@ -331,6 +340,13 @@ class SparseSDFVQVAE(nn.Module):
         if self.training and self._may_graph() and torch.is_grad_enabled():
             out = self._through_graph("train", batch, self._train_pyramid, train=True)
         if out is None:
+            try:
+                out = self._train_pyramid(self.build_pyramid(batch))
+            except torch.OutOfMemoryError:
+                if not self._graphs.reserved_bytes:
+                    raise
+                self._graphs.refuse("a batch that ran as it is needed their memory")
+        if out is None:  # outside the handler, which would keep what the failed pass held
             out = self._train_pyramid(self.build_pyramid(batch))
         if self.training:
             self.quantizer.collect(out["latent"].detach().float(), out["ids"])
