@@ -50,3 +50,8 @@ def collapse_weight(weight: Tensor) -> Tensor:
     wide = weight if weight.dtype == torch.float64 else weight.float()
     assignment = collapse_rule()[1].to(weight.device, wide.dtype)
     return torch.einsum("ctk,kio->ctio", assignment, wide).to(weight.dtype)
+
+
+def collapse_grad(grad: Tensor) -> Tensor:
+    """Gradient [27, in, out] of a weight from that [8, 8, in, out] of its collapsed form."""
+    return torch.einsum("ctk,ctio->kio", collapse_rule()[1].to(grad.device, grad.dtype), grad)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trellis.modules.sparse.conv.collapse import collapse_rule
+from trellis.modules.sparse.conv.collapse import collapse_grad, collapse_rule
 from trellis.modules.sparse.levels import Grid
 
 CHUNK_BYTES = 24 << 20
@@ -49,18 +49,26 @@ def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid)
     return out
 
 
+def _before_silu(grad: Tensor, gate: Tensor | None) -> Tensor:
+    """The gradient of what a SiLU read, `gate`, from that of what it gave."""
+    return grad if gate is None else torch.ops.aten.silu_backward(grad, gate)
+
+
 def conv_backward(
-    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool]
+    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool], gate: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out] (summed in float32 or
-    wider) and bias [out]."""
+    wider) and bias [out].
+
+    gate: [N, in]; that of feats is multiplied by the derivative of SiLU there.
+    """
     need_input, need_weight, need_bias = needs
     taps, c_in, c_out = weight.shape
     grad_input = grad_weight = None
     if need_input:
         # m = neighbours[n, k]  <=>  n = neighbours[m, 26 - k]
         mirrored = weight.flip(0).transpose(1, 2).contiguous()
-        grad_input = conv_forward(grad, mirrored, None, grid)
+        grad_input = _before_silu(conv_forward(grad, mirrored, None, grid), gate)
     if need_weight:
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros(taps * c_in, c_out, dtype=wide, device=weight.device)
@@ -122,9 +130,12 @@ def child_grad_weight(grad: Tensor, padded: Tensor, child: int, grid: Grid, out:
 
 
 def subdivide_conv_backward(
-    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool]
+    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool], gate: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], collapsed [8, 8, in, out], bias."""
+    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out], bias [out].
+
+    gate: [N, in]; that of feats is multiplied by the derivative of SiLU there.
+    """
     need_input, need_weight, need_bias = needs
     children = grad.view(grid.num_rows, 8, collapsed.shape[3])
     c_in, c_out = collapsed.shape[2:]
@@ -139,7 +150,9 @@ def subdivide_conv_backward(
         if grad_weight is not None:
             child_grad_weight(part, padded, child, grid, grad_weight[child])
     if grad_weight is not None:
-        grad_weight = grad_weight.view(8, 8, c_in, c_out).to(collapsed.dtype)
+        grad_weight = collapse_grad(grad_weight.view(8, 8, c_in, c_out)).to(collapsed.dtype)
+    if grad_input is not None:
+        grad_input = _before_silu(grad_input, gate)
     return grad_input, grad_weight, grad.sum(0) if need_bias else None
 
 
@@ -168,11 +181,13 @@ def to_scalar_backward(
     bias: Tensor,
     out_weight: Tensor,
     grid: Grid,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `to_scalar_forward` for feats, collapsed, bias, out_weight, out_bias; one child in memory at a time.
+    """Gradients of `to_scalar_forward` for feats, weight, bias, out_weight, out_bias; one child in memory at a time.
 
     Args:
         grad: [N, 8] gradient of the output; values: [N, 8] the output itself.
+        gate: [N, in]; the gradient of feats is multiplied by the derivative of SiLU there.
     """
     n = grid.num_rows
     c_in, c_out = collapsed.shape[2:]
@@ -188,15 +203,15 @@ def to_scalar_backward(
         _child_conv(padded, collapsed, child, grid, hidden)
         hidden += bias
         outer = before_tanh[:, child].to(feats.dtype)
-        gate = torch.sigmoid(hidden)
-        grad_out_weight += (hidden * gate).t() @ outer
-        part = gate * (1 + hidden * (1 - gate)) * (outer[:, None] * out_weight)
+        share = torch.sigmoid(hidden)
+        grad_out_weight += (hidden * share).t() @ outer
+        part = share * (1 + hidden * (1 - share)) * (outer[:, None] * out_weight)
         grad_bias += part.sum(0)
         child_grad_input(part, collapsed, child, grid, grad_input)
         child_grad_weight(part, padded, child, grid, grad_collapsed[child])
     return (
-        grad_input,
-        grad_collapsed.view(8, 8, c_in, c_out).to(collapsed.dtype),
+        _before_silu(grad_input, gate),
+        collapse_grad(grad_collapsed.view(8, 8, c_in, c_out)).to(collapsed.dtype),
         grad_bias.to(bias.dtype),
         grad_out_weight[None].to(out_weight.dtype),
         before_tanh.sum().view(1).to(out_weight.dtype),

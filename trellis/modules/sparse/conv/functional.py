@@ -79,16 +79,17 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, weight = ctx.saved_tensors
         grid, code, activate = ctx.arguments
-        read = F.silu(feats) if activate else feats
-        grads = code.conv_backward(grad.contiguous(), read, weight, grid, ctx.needs_input_grad[:3])
-        return _before_silu(grads, feats, activate)
+        read, gate = (F.silu(feats), feats) if activate else (feats, None)
+        grads = code.conv_backward(grad.contiguous(), read, weight, grid, ctx.needs_input_grad[:3], gate)
+        return *grads, None, None, None
 
 
 class _SubdivideConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType, activate: bool
+        ctx: Any, feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, code: ModuleType, activate: bool
     ) -> Tensor:
+        collapsed = collapse_weight(weight)
         ctx.save_for_backward(feats, collapsed)
         ctx.arguments = (grid, code, activate)
         return code.subdivide_conv_forward(F.silu(feats) if activate else feats, collapsed, bias, grid)
@@ -98,9 +99,9 @@ class _SubdivideConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, collapsed = ctx.saved_tensors
         grid, code, activate = ctx.arguments
-        read = F.silu(feats) if activate else feats
-        grads = code.subdivide_conv_backward(grad.contiguous(), read, collapsed, grid, ctx.needs_input_grad[:3])
-        return _before_silu(grads, feats, activate)
+        read, gate = (F.silu(feats), feats) if activate else (feats, None)
+        grads = code.subdivide_conv_backward(grad.contiguous(), read, collapsed, grid, ctx.needs_input_grad[:3], gate)
+        return *grads, None, None, None
 
 
 class _ToScalar(torch.autograd.Function):
@@ -108,7 +109,7 @@ class _ToScalar(torch.autograd.Function):
     def forward(
         ctx: Any,
         feats: Tensor,
-        collapsed: Tensor,
+        weight: Tensor,
         bias: Tensor,
         out_weight: Tensor,
         out_bias: Tensor,
@@ -116,6 +117,7 @@ class _ToScalar(torch.autograd.Function):
         code: ModuleType,
         activate: bool,
     ) -> Tensor:
+        collapsed = collapse_weight(weight)
         read = F.silu(feats) if activate else feats
         values = code.to_scalar_forward(read, collapsed, bias, out_weight, out_bias, grid)
         ctx.save_for_backward(feats, collapsed, bias, out_weight, values)
@@ -127,17 +129,9 @@ class _ToScalar(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, collapsed, bias, out_weight, values = ctx.saved_tensors
         grid, code, activate = ctx.arguments
-        read = F.silu(feats) if activate else feats
-        grads = code.to_scalar_backward(grad, values, read, collapsed, bias, out_weight, grid)
-        return _before_silu(grads, feats, activate)
-
-
-def _before_silu(grads: tuple[Tensor | None, ...], feats: Tensor, activate: bool) -> tuple[Tensor | None, ...]:
-    """Gradients for autograd: that of the input carried through the SiLU before the convolution, and three Nones."""
-    first, *rest = grads
-    if activate and first is not None:
-        first = torch.ops.aten.silu_backward(first, feats)
-    return first, *rest, None, None, None
+        read, gate = (F.silu(feats), feats) if activate else (feats, None)
+        grads = code.to_scalar_backward(grad, values, read, collapsed, bias, out_weight, grid, gate)
+        return *grads, None, None, None
 
 
 def submanifold_conv3d(
@@ -202,7 +196,7 @@ def subdivide_conv3d(
         return reference.subdivide_conv3d(feats, weight, bias, grid.neighbours)
     if backend == "dense":
         return dense.subdivide_conv3d(feats, weight, bias, grid)
-    return _SubdivideConvolution.apply(feats, collapse_weight(weight), bias, grid, _implementation(backend), activate)
+    return _SubdivideConvolution.apply(feats, weight, bias, grid, _implementation(backend), activate)
 
 
 def subdivide_conv_to_scalar(
@@ -235,4 +229,4 @@ def subdivide_conv_to_scalar(
         values = reference.subdivide_conv_to_scalar(feats, weight, bias, out_weight, out_bias, grid.neighbours)
         return values.view(-1, 8).to(torch.promote_types(feats.dtype, torch.float32))
     code = _implementation(backend)
-    return _ToScalar.apply(feats, collapse_weight(weight), bias, out_weight, out_bias, grid, code, activate)
+    return _ToScalar.apply(feats, weight, bias, out_weight, out_bias, grid, code, activate)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gemm import gather_gemm
-from trellis.modules.sparse.conv.triton_scalar import scalar_backward, scalar_forward
-from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PARENTS
-from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
+from trellis.modules.sparse.conv.triton_scalar import PROGRAMS, scalar_backward, scalar_forward
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PAIRS, PARENTS, PLAIN
+from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad, partial_sums, sum_partial
 from trellis.modules.sparse.levels import Grid
 
 SCALAR_GROUP = 2
-"""Children of the last stage whose hidden gradient is in memory at once."""
+"""Children of the last stage whose hidden gradient is in memory at once: two that differ in z."""
 
 
 def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
@@ -23,43 +23,56 @@ def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid)
 
 
 def conv_backward(
-    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool]
+    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool], gate: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out], bias [out]."""
-    grad, feats = grad.contiguous(), feats.contiguous()
-    grad_input = grad_weight = grad_bias = None
+    """Gradients of `conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out], bias [out].
+
+    gate: [N, in]; that of feats is multiplied by the derivative of SiLU there.
+    """
+    grad_input = None
     if needs[0]:
         # m = neighbours[n, k]  <=>  n = neighbours[m, 26 - k]
-        grad_input = gather_gemm(grad, weight.transpose(1, 2).contiguous(), None, grid.tap_table, mirrored=True)
-    if needs[1] or needs[2]:
-        grad_weight, grad_bias = gather_wgrad(feats, grad, grid.tap_table, dtype=weight.dtype)
-    return grad_input, grad_weight, grad_bias
+        grad_input = gather_gemm(grad, weight.contiguous(), None, grid.tap_table, gradient=True, gate=gate)
+    return grad_input, *_parameter_grads(grad, feats, weight, grid, needs, PLAIN)
+
+
+def _parameter_grads(
+    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool], mode: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if not (needs[1] or needs[2]):
+        return None, None
+    c_in, c_out = weight.shape[-2:]
+    feats, table = feats.contiguous(), grid.tap_table
+    partial, share = partial_sums(feats, c_out, table, mode=mode)
+    gather_wgrad(partial, share, feats, grad, table, mode=mode)
+    grad_weight, grad_bias = sum_partial(partial, c_in, c_out, weight.dtype, mode=mode)
+    return grad_weight if needs[1] else None, grad_bias if needs[2] else None
 
 
 def subdivide_conv_forward(feats: Tensor, collapsed: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
     """[N, in] on the parents -> [8 N, out]; collapsed weights [8, 8, in, out]."""
-    return gather_gemm(feats.contiguous(), _stacked(collapsed), bias, grid.tap_table, mode=CHILDREN)
+    return gather_gemm(feats.contiguous(), collapsed.contiguous(), bias, grid.tap_table, mode=CHILDREN)
 
 
 def subdivide_conv_backward(
-    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool]
+    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool], gate: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], collapsed [8, 8, in, out], bias."""
-    grad, feats = grad.contiguous(), feats.contiguous()
-    grad_input = grad_weight = grad_bias = None
+    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out], bias [out].
+
+    gate: [N, in]; that of feats is multiplied by the derivative of SiLU there.
+    """
+    grad_input = None
     if needs[0]:
-        grad_input = gather_gemm(grad, _transposed(collapsed), None, grid.tap_table, mode=PARENTS)
-    if needs[1] or needs[2]:
-        grad_weight, grad_bias = gather_wgrad(feats, grad, grid.tap_table, mode=CHILDREN, dtype=collapsed.dtype)
-        grad_weight = grad_weight.view(collapsed.shape)
-    return grad_input, grad_weight, grad_bias
+        weights = collapsed.contiguous()
+        grad_input = gather_gemm(grad, weights, None, grid.tap_table, mode=PARENTS, gradient=True, gate=gate)
+    return grad_input, *_parameter_grads(grad, feats, collapsed, grid, needs, CHILDREN)
 
 
 def to_scalar_forward(
     feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, grid: Grid
 ) -> Tensor:
     """tanh(Linear(SiLU(subdivide conv))) without the [8 N, out] tensor: [N, in] -> float32 [N, 8]."""
-    return scalar_forward(feats.contiguous(), _stacked(collapsed), bias, out_weight, out_bias, grid.tap_table)
+    return scalar_forward(feats.contiguous(), collapsed.contiguous(), bias, out_weight, out_bias, grid.tap_table)
 
 
 def to_scalar_backward(
@@ -70,42 +83,32 @@ def to_scalar_backward(
     bias: Tensor,
     out_weight: Tensor,
     grid: Grid,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `to_scalar_forward` for feats, collapsed, bias, out_weight, out_bias.
+    """Gradients of `to_scalar_forward` for feats, weight [27, in, out], bias, out_weight, out_bias.
 
     Args:
         grad: [N, 8] gradient of the output; values: [N, 8] the output itself.
+        gate: [N, in]; the gradient of feats is multiplied by the derivative of SiLU there.
     """
     grad, feats, table = grad.float().contiguous(), feats.contiguous(), grid.tap_table
-    stacked, transposed = _stacked(collapsed), _transposed(collapsed)
-    grad_input = None
-    weights, biases, readouts = [], [], []
-    for child in range(0, 8, SCALAR_GROUP):
-        where = {"first_child": child, "group": SCALAR_GROUP}
-        hidden, grad_weight, grad_bias, grad_out = scalar_backward(
-            grad, values, feats, stacked, bias, out_weight, table, **where
-        )
-        weights.append(grad_weight)
-        grad_input = gather_gemm(hidden, transposed, None, table, mode=PARENTS, out=grad_input, **where)
-        biases.append(grad_bias)
-        readouts.append(grad_out)
-    assert grad_input is not None
-    # sum of grad (1 - v^2) without a tensor of the terms in between
-    grad_out_bias = grad.sum() - torch.dot(grad.view(-1), values.square().view(-1))
-    return (
-        grad_input,
-        torch.cat(weights).view(collapsed.shape).to(collapsed.dtype),
-        torch.stack(biases).sum(0).to(bias.dtype),
-        torch.stack(readouts).sum(0)[None].to(out_weight.dtype),
-        grad_out_bias.view(1).to(out_weight.dtype),
-    )
-
-
-def _stacked(collapsed: Tensor) -> Tensor:
-    """[8, 8, in, out] -> [64, in, out]."""
-    return collapsed.reshape(64, *collapsed.shape[2:]).contiguous()
-
-
-def _transposed(collapsed: Tensor) -> Tensor:
-    """[8, 8, in, out] -> [64, out, in]."""
-    return _stacked(collapsed).transpose(1, 2).contiguous()
+    collapsed = collapsed.contiguous()
+    count = table.shape[1]
+    c_in, c_out = collapsed.shape[-2:]
+    grad_input = torch.empty_like(feats)
+    hidden = torch.empty(count * SCALAR_GROUP, c_out, dtype=feats.dtype, device=feats.device)
+    partial, share = partial_sums(feats, 2 * c_out, table, mode=PAIRS)
+    launches = 8 // SCALAR_GROUP if count else 0
+    programs = PROGRAMS // SCALAR_GROUP * SCALAR_GROUP
+    sums = torch.empty(launches, programs, c_out + 1, dtype=torch.float32, device=feats.device)
+    for i in range(launches):
+        where = {"first_child": i * SCALAR_GROUP, "group": SCALAR_GROUP}
+        scalar_backward(grad, values, feats, collapsed, bias, out_weight, table, hidden=hidden, sums=sums[i], **where)
+        pairs = hidden.view(count, SCALAR_GROUP * c_out)
+        gather_wgrad(partial, share, feats, pairs, table, mode=PAIRS, first_child=i * SCALAR_GROUP)
+        last = gate if i == launches - 1 else None
+        add = {"out": grad_input, "accumulate": i > 0, "gate": last}
+        gather_gemm(hidden, collapsed, None, table, mode=PARENTS, gradient=True, **where, **add)
+    grad_weight, grad_bias = sum_partial(partial, c_in, c_out, collapsed.dtype, mode=PAIRS)
+    total = sums.sum((0, 1)).to(out_weight.dtype)
+    return grad_input, grad_weight, grad_bias, total[None, :c_out], total[c_out:]

@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
-from trellis.modules.sparse.conv.triton_tiles import CHILDREN, Tile, scalar_tile
-from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad
+from trellis.modules.sparse.conv.triton_tiles import Tile, scalar_tile
 from trellis.modules.sparse.kernels.support import cdiv, dot_precision
 
 PROGRAMS = 132 * 3
@@ -23,24 +22,22 @@ PROGRAMS = 132 * 3
 @triton.jit
 def child_hidden(
     feats, weights, bias, table, count, rows, live, child,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, TPS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN] float32: the convolution of one child of each row, before the activation."""
     STEPS: tl.constexpr = (C_IN + BK - 1) // BK
     columns = tl.arange(0, BN)
     acc = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, (8 // TPS) * STEPS):
-        tap = (k // STEPS) * TPS
+    for k in range(0, 8 * STEPS):
+        tap = k // STEPS
         channels = (k % STEPS) * BK + tl.arange(0, BK)
-        a = gather(feats, table, count, rows, live, tap, channels, child, C_IN, 8, 1, 8, TPS, BK)
-        place = tl.arange(0, TPS * BK)
-        of_tap, of_channel = tap + place // BK, (k % STEPS) * BK + place % BK
-        pointers = weights + ((child * 8 + of_tap) * C_IN + of_channel)[:, None] * C_OUT + columns[None, :]
+        a = gather(feats, table, count, rows, live, tap, channels, child, C_IN, 1, 8, BK, CACHE)
+        pointers = weights + ((child * 8 + tap) * C_IN + channels)[:, None] * C_OUT + columns[None, :]
         if C_IN % BK == 0 and C_OUT % BN == 0:
             b = tl.load(pointers)
         else:
-            b = tl.load(pointers, mask=(of_channel < C_IN)[:, None] & (columns < C_OUT)[None, :], other=0.0)
+            b = tl.load(pointers, mask=(channels < C_IN)[:, None] & (columns < C_OUT)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc + tl.load(bias + columns, mask=columns < C_OUT, other=0.0).to(tl.float32)[None, :]
 
@@ -49,7 +46,7 @@ def child_hidden(
 def scalar_forward_kernel(
     feats, weights, bias, out_weight, out_bias, values, table, count,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     child = pid % 8
@@ -57,7 +54,7 @@ def scalar_forward_kernel(
     live = rows < count
     columns = tl.arange(0, BN)
     hidden = child_hidden(
-        feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, TPS, PRECISION, BM, BN, BK
+        feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, PRECISION, BM, BN, BK, CACHE
     )
     readout = tl.load(out_weight + columns, mask=columns < C_OUT, other=0.0).to(tl.float32)[None, :]
     x = tl.sum(hidden / (1.0 + tl.exp(-hidden)) * readout, 1) + tl.load(out_bias).to(tl.float32)
@@ -71,7 +68,7 @@ def scalar_backward_kernel(
     feats, weights, bias, out_weight, values, grad_values, grad_hidden, sums, table,
     count, first_child, tiles, shares,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     local = pid % GROUP
@@ -80,25 +77,25 @@ def scalar_backward_kernel(
     columns = tl.arange(0, BN)
     known = columns < C_OUT
     readout = tl.load(out_weight + columns, mask=known, other=0.0).to(tl.float32)[None, :]
-    sum_hidden = tl.zeros([BN], tl.float32)
     sum_readout = tl.zeros([BN], tl.float32)
+    sum_outer = tl.zeros([BM], tl.float32)
     for tile in range(share, tiles, shares):
         rows = tile * BM + tl.arange(0, BM).to(tl.int64)
         live = rows < count
         hidden = child_hidden(
-            feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, TPS, PRECISION, BM, BN, BK
+            feats, weights, bias, table, count, rows, live, child, C_IN, C_OUT, PRECISION, BM, BN, BK, CACHE
         )
         gate = 1.0 / (1.0 + tl.exp(-hidden))
         value = tl.load(values + rows * 8 + child, mask=live, other=0.0)
         outer = tl.load(grad_values + rows * 8 + child, mask=live, other=0.0) * (1.0 - value * value)
         handed = outer[:, None] * readout * gate * (1.0 + hidden * (1.0 - gate))
-        sum_hidden += tl.sum(handed, 0)
+        sum_outer += outer
         sum_readout += tl.sum(outer[:, None] * hidden * gate, 0)
         narrow = handed.to(grad_hidden.dtype.element_ty)
         target = grad_hidden + (rows * GROUP + local)[:, None] * C_OUT + columns[None, :]
         tl.store(target, narrow, mask=live[:, None] & known[None, :])
-    tl.store(sums + pid * 2 * BN + columns, sum_hidden)
-    tl.store(sums + (pid * 2 + 1) * BN + columns, sum_readout)
+    tl.store(sums + pid * (C_OUT + 1) + columns, sum_readout, mask=known)
+    tl.store(sums + pid * (C_OUT + 1) + C_OUT, tl.sum(sum_outer, 0))
 
 
 def scalar_forward(
@@ -114,38 +111,31 @@ def scalar_forward(
         scalar_forward_kernel[(cdiv(count, tile.rows) * 8,)](
             feats, collapsed, bias, out_weight, out_bias, values, table, count,
             C_IN=c_in, C_OUT=c_out, PRECISION=dot_precision(feats.dtype),
-            BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, num_warps=tile.warps, num_stages=tile.stages,
+            BM=tile.rows, BN=tile.columns, BK=tile.depth, CACHE=tile.cache,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return values
 
 
 def scalar_backward(
     grad: Tensor, values: Tensor, feats: Tensor, collapsed: Tensor, bias: Tensor, out_weight: Tensor, table: Tensor,
-    *, first_child: int, group: int, tile: Tile | None = None, programs: int = PROGRAMS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of some children's convolution, recomputed from the parents.
+    *, first_child: int, group: int, hidden: Tensor, sums: Tensor, tile: Tile | None = None,
+) -> None:  # fmt: skip
+    """Gradient of some children's hidden features before the activation, which are recomputed from the parents.
 
     Args:
         grad, values: float32 [N, 8], of the output. first_child, group: which children.
-
-    Returns:
-        gradient of the hidden features [N * group, out] in the dtype of feats; and, all float32, of their collapsed
-        weights [8 * group, in, out], of the bias [out] and of out_weight [out].
+        hidden: [N * group, out], written: the gradient. sums: float32 [programs, out + 1], written: partial sums of
+            the gradients of out_weight and out_bias; a program for each of its rows.
     """
     count = table.shape[1]
+    if count == 0:
+        return
     c_in, c_out = collapsed.shape[-2:]
     tile = tile or scalar_tile(c_in, c_out, feats.dtype)
-    hidden = torch.empty(count * group, c_out, dtype=feats.dtype, device=feats.device)
-    tiles = cdiv(count, tile.rows)
-    shares = max(1, min(tiles, programs // group))
-    sums = torch.zeros(shares, group, 2, tile.columns, dtype=torch.float32, device=feats.device)
-    if count:
-        scalar_backward_kernel[(shares * group,)](
-            feats, collapsed, bias, out_weight, values, grad, hidden, sums, table,
-            count, first_child, tiles, shares,
-            C_IN=c_in, C_OUT=c_out, GROUP=group, PRECISION=dot_precision(feats.dtype),
-            BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    grad_weight, _ = gather_wgrad(feats, hidden, table, mode=CHILDREN, first_child=first_child, group=group)
-    total = sums.sum((0, 1))[:, :c_out]
-    return hidden, grad_weight, total[0], total[1]
+    scalar_backward_kernel[(sums.shape[0],)](
+        feats, collapsed, bias, out_weight, values, grad, hidden, sums, table,
+        count, first_child, cdiv(count, tile.rows), sums.shape[0] // group,
+        C_IN=c_in, C_OUT=c_out, GROUP=group, PRECISION=dot_precision(feats.dtype),
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, CACHE=tile.cache, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -8,15 +8,17 @@ import torch
 
 from trellis.modules.sparse.kernels.support import power_of_2
 
-PLAIN, CHILDREN, PARENTS = 0, 1, 2
-"""Which rows a tap reads: of the same grid; a child's 2x2x2 parents; the children that read a parent."""
+PLAIN, CHILDREN, PARENTS, PAIRS = 0, 1, 2, 3
+"""Which rows a tap reads: of the same grid; a child's 2x2x2 parents; the children that read a parent; the 2x2x3 parents
+of two children that differ in z (weight gradients only)."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns and depth of a program's tile, taps gathered side by side, and launch options.
+    """Rows, columns and depth of a program's tile, and launch options.
 
-    `swap` computes the transposed product, for weight gradients with fewer input than output channels.
+    For weight gradients: `taps` of one program (1 to 4, a divisor of 27, 8 or 12), `swap` for the transposed product.
+    `cache` ".ca" keeps gathered rows in the L1 cache, which neighbouring rows of a tile then share.
     """
 
     rows: int
@@ -26,7 +28,7 @@ class Tile:
     warps: int = 4
     stages: int = 3
     swap: bool = False
-
+    cache: str = ""
 
 
 TUNED: dict[tuple[str, int, int, int], Tile] = {
@@ -55,7 +57,7 @@ TUNED: dict[tuple[str, int, int, int], Tile] = {
     ("wgrad", PLAIN, 64, 32): Tile(64, 32, 128, 1, 4, 5),
     ("wgrad", CHILDREN, 128, 128): Tile(128, 128, 64, 1, 4, 3),
     ("wgrad", CHILDREN, 64, 64): Tile(64, 64, 128, 1, 4, 3),
-    ("wgrad", CHILDREN, 32, 32): Tile(32, 32, 128, 2, 4, 3),
+    ("wgrad", PAIRS, 32, 64): Tile(32, 64, 64, 4, 4, 3, swap=True),
     ("scalar", CHILDREN, 32, 32): Tile(128, 32, 32, 1, 4, 5),
 }
 """(kernel, mode, in, out) in 16 bit, on an H200: the fastest of 3 to 8 tries each on the published network's grids."""

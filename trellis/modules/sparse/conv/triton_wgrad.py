@@ -1,7 +1,7 @@
 """Weight gradient of the sparse convolutions: sums over rows of gathered inputs times output gradients.
 
-Rows are split over programs; each writes float32 partial sums, which are added in a fixed order: no atomics, the same
-bits on every run.
+Rows are split over programs; each writes float32 partial sums, which a second kernel adds in a fixed order: no atomics,
+the same bits on every run. A program handles up to four taps, which share the rows of the output's gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
-from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, wgrad_tile
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PAIRS, PLAIN, Tile, wgrad_tile
 from trellis.modules.sparse.kernels.support import cdiv, dot_precision
 
 MAX_PARTIAL_BYTES = 96 << 20
@@ -21,16 +21,33 @@ PROGRAMS = 132 * 6
 """Programs that fill a large card a few times over."""
 
 
+@triton.jit
+def tap_product(acc, a, g, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+    if SWAP:
+        acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def store_tap(acc, base, tap, channels, columns, C_IN: tl.constexpr, C_OUT: tl.constexpr, SWAP: tl.constexpr):
+    if SWAP:
+        acc = tl.trans(acc)
+    inside = (channels < C_IN)[:, None] & (columns < C_OUT)[None, :]
+    tl.store(base + (tap * C_IN + channels)[:, None] * C_OUT + columns[None, :], acc, mask=inside)
+
+
 @triton.jit(do_not_specialize=["count", "share", "first_child", "width"])
 def gather_wgrad_kernel(
     feats, grad, partial, table, count, share, first_child, width,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, ALL_TAPS: tl.constexpr, MODE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TPS: tl.constexpr,
-    SWAP: tl.constexpr,
+    SWAP: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     TILES_M: tl.constexpr = (C_IN + BM - 1) // BM
     TILES_N: tl.constexpr = (C_OUT + BN - 1) // BN
-    COPIES: tl.constexpr = GROUP if MODE == 1 else 1
+    COPIES: tl.constexpr = 8 if MODE == 1 else 1
     pid = tl.program_id(0)
     split = tl.program_id(1).to(tl.int64)
     base = partial + split * width
@@ -40,13 +57,14 @@ def gather_wgrad_kernel(
         # sums of grad over its rows: programs of their own, so that the products' loop has no branch
         child = pid // TILES_N
         columns = (pid % TILES_N) * BN + tl.arange(0, BN)
-        total = tl.zeros([BN], tl.float32)
+        total = tl.zeros([BK, BN], tl.float32)
         for start in range(first, last, BK):
             rows = start + tl.arange(0, BK)
             inside = (rows < last)[:, None] & (columns < C_OUT)[None, :]
             pointers = grad + (rows * COPIES + child)[:, None] * C_OUT + columns[None, :]
-            total += tl.sum(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), 0)
-        tl.store(base + (TAPS * C_IN + child) * C_OUT + columns, total, mask=columns < C_OUT)
+            total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        place = ALL_TAPS * C_IN + (first_child // 2 if MODE == 3 else child)
+        tl.store(base + place * C_OUT + columns, tl.sum(total, 0), mask=columns < C_OUT)
     else:
         pid -= TILES_N * COPIES
         first_channel = (pid % TILES_M) * BM
@@ -55,80 +73,167 @@ def gather_wgrad_kernel(
         tap = (pid // TILES_N) * TPS
         channels = first_channel + tl.arange(0, BM)
         if SWAP:
-            acc = tl.zeros([BN, TPS * BM], tl.float32)
+            acc0 = tl.zeros([BN, BM], tl.float32)
         else:
-            acc = tl.zeros([TPS * BM, BN], tl.float32)
+            acc0 = tl.zeros([BM, BN], tl.float32)
+        acc1 = acc0
+        acc2 = acc0
+        acc3 = acc0
         for start in range(first, last, BK):
             rows = start + tl.arange(0, BK)
             live = rows < last
-            a = gather(feats, table, count, rows, live, tap, channels, first_child, C_IN, TAPS, MODE, GROUP, TPS, BM)
             source = rows
             if MODE == 1:
-                source = rows * GROUP + tap // 8
+                source = rows * 8 + tap // 8
             pointers = grad + source[:, None] * C_OUT + columns[None, :]
             if C_OUT % BN == 0:
                 g = tl.load(pointers, mask=live[:, None], other=0.0)
             else:
                 g = tl.load(pointers, mask=live[:, None] & (columns < C_OUT)[None, :], other=0.0)
-            if SWAP:
-                acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+            a = gather(feats, table, count, rows, live, tap, channels, first_child, C_IN, MODE, 8, BM, CACHE)
+            acc0 = tap_product(acc0, a, g, PRECISION, SWAP)
+            if TPS > 1:
+                a = gather(feats, table, count, rows, live, tap + 1, channels, first_child, C_IN, MODE, 8, BM, CACHE)
+                acc1 = tap_product(acc1, a, g, PRECISION, SWAP)
+            if TPS > 2:
+                a = gather(feats, table, count, rows, live, tap + 2, channels, first_child, C_IN, MODE, 8, BM, CACHE)
+                acc2 = tap_product(acc2, a, g, PRECISION, SWAP)
+            if TPS > 3:
+                a = gather(feats, table, count, rows, live, tap + 3, channels, first_child, C_IN, MODE, 8, BM, CACHE)
+                acc3 = tap_product(acc3, a, g, PRECISION, SWAP)
+        if MODE == 3:
+            tap += first_child // 2 * 12
+        store_tap(acc0, base, tap, channels, columns, C_IN, C_OUT, SWAP)
+        if TPS > 1:
+            store_tap(acc1, base, tap + 1, channels, columns, C_IN, C_OUT, SWAP)
+        if TPS > 2:
+            store_tap(acc2, base, tap + 2, channels, columns, C_IN, C_OUT, SWAP)
+        if TPS > 3:
+            store_tap(acc3, base, tap + 3, channels, columns, C_IN, C_OUT, SWAP)
+
+
+@triton.jit
+def reduced_tap(tap, child):
+    """The reduced tap (0 to 7) of `child` on which tap 0 .. 26 falls: per axis floor((p + d) / 2) + 1 - p."""
+    x = (child >> 2) & 1
+    y = (child >> 1) & 1
+    z = child & 1
+    x = (x + tap % 3 + 1) // 2 - x
+    y = (y + (tap // 3) % 3 + 1) // 2 - y
+    z = (z + tap // 9 + 1) // 2 - z
+    return 4 * x + 2 * y + z
+
+
+@triton.jit(do_not_specialize=["splits", "width"])
+def sum_partial_kernel(
+    partial, out, splits, width,
+    SIZE: tl.constexpr, C_OUT: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Weight gradient [27, SIZE], then bias gradient [C_OUT], from partial sums; of 8 children's collapsed taps."""
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    COPIES: tl.constexpr = 1 if MODE == 0 else 8
+    ALL: tl.constexpr = (27 if MODE == 0 else 64 if MODE == 1 else 96) * SIZE
+    pid = tl.program_id(0)
+    is_bias = pid >= 27 * BLOCKS
+    tap = tl.minimum(pid // BLOCKS, 26)
+    place = (pid - tl.where(is_bias, 27, tap) * BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    known = place < tl.where(is_bias, C_OUT, SIZE)
+    offset = place
+    if MODE == 3:
+        # rows of two children side by side
+        offset += tl.where(is_bias, 0, place // C_OUT * C_OUT)
+    total = tl.zeros([BS, BLOCK], tl.float32)
+    for first in range(0, splits * COPIES, BS):
+        part = first + tl.arange(0, BS)
+        child = part % COPIES
+        if MODE == 0:
+            start = child + tap * SIZE
+        else:
+            reduced = reduced_tap(tap, child)
+            if MODE == 1:
+                start = (child * 8 + reduced) * SIZE
             else:
-                acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
-        if SWAP:
-            acc = tl.trans(acc)
-        place = tl.arange(0, TPS * BM)
-        of_tap, of_channel = tap + place // BM, first_channel + place % BM
-        inside = ((of_channel < C_IN) & (of_tap < TAPS))[:, None] & (columns < C_OUT)[None, :]
-        tl.store(base + (of_tap * C_IN + of_channel)[:, None] * C_OUT + columns[None, :], acc, mask=inside)
+                z = child % 2
+                of_tap = (child // 2) * 12 + 4 * (reduced % 2 + z) + reduced // 4 + 2 * (reduced // 2 % 2)
+                start = of_tap * 2 * SIZE + z * C_OUT
+        start = tl.where(is_bias, ALL + child * C_OUT, start)
+        pointers = partial + ((part // COPIES).to(tl.int64) * width + start)[:, None] + offset[None, :]
+        total += tl.load(pointers, mask=(part < splits * COPIES)[:, None] & known[None, :], other=0.0)
+    target = out + tl.where(is_bias, 27, tap) * SIZE + place
+    tl.store(target, tl.sum(total, 0).to(out.dtype.element_ty), mask=known)
+
+
+TAPS = {PLAIN: (27, 27), CHILDREN: (64, 64), PAIRS: (12, 48)}
+"""Taps of one launch and of all launches."""
+
+
+def partial_sums(
+    feats: Tensor, c_out: int, table: Tensor, *, mode: int = PLAIN, tile: Tile | None = None
+) -> tuple[Tensor, int]:
+    """Room for the partial sums of `gather_wgrad`, for all its launches, and the rows of each program.
+
+    Args:
+        c_out: columns of a row of grad, of one child (CHILDREN) or both (PAIRS).
+
+    Returns:
+        float32 [splits, taps * in * out + sums of grad], not written yet; no split without rows.
+    """
+    count, c_in = table.shape[1], feats.shape[1]
+    launched, taps = TAPS[mode]
+    size = taps * c_in * c_out
+    width = size + c_out * {PLAIN: 1, CHILDREN: 8, PAIRS: 4}[mode]
+    if count == 0:
+        return torch.empty(0, width, dtype=torch.float32, device=feats.device), 1
+    tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype)
+    programs = launched // tile.taps * cdiv(c_in, tile.rows) * cdiv(c_out, tile.columns)
+    splits = min(max(1, cdiv(PROGRAMS, programs)), max(1, MAX_PARTIAL_BYTES // (4 * size)), cdiv(count, 4 * tile.depth))
+    share = cdiv(cdiv(count, splits), tile.depth) * tile.depth
+    return torch.empty(cdiv(count, share), width, dtype=torch.float32, device=feats.device), share
 
 
 def gather_wgrad(
+    partial: Tensor,
+    share: int,
     feats: Tensor,
     grad: Tensor,
     table: Tensor,
     *,
     mode: int = PLAIN,
     first_child: int = 0,
-    group: int = 8,
     tile: Tile | None = None,
-    programs: int = PROGRAMS,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sums over rows r of feats[row(r, t)]^T grad[r], and the sums of grad over its rows.
+) -> None:
+    """Write partial sums over rows r of feats[row(r, t)]^T grad[r], and of grad over its rows.
 
     Args:
-        feats: [N, in]; grad: [N, out], or [N * group, out] for CHILDREN; table: [27, N] int32.
-        first_child, group: the children that `grad` holds. dtype: of the result, float32 when None.
-
-    Returns:
-        [27, in, out] ([8 * group, in, out] for CHILDREN) and [out].
+        partial, share: of `partial_sums` with the same mode and tile.
+        feats: [N, in]; grad: [N, out], [8 N, out] for CHILDREN; table: [27, N] int32.
+        first_child: for PAIRS, of the two children whose columns are side by side in grad.
     """
     count = table.shape[1]
-    c_in, c_out = feats.shape[1], grad.shape[1]
-    taps = 27 if mode == PLAIN else 8 * group
-    dtype = dtype or torch.float32
     if count == 0:
-        empty = {"dtype": dtype, "device": feats.device}
-        return torch.zeros(taps, c_in, c_out, **empty), torch.zeros(c_out, **empty)
+        return
+    c_in, c_out = feats.shape[1], grad.shape[1]
     tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype)
-    width = cdiv(taps, tile.taps) * cdiv(c_in, tile.rows) * cdiv(c_out, tile.columns)
-    splits = min(
-        max(1, cdiv(programs, width)),
-        max(1, MAX_PARTIAL_BYTES // (4 * taps * c_in * c_out)),
-        cdiv(count, 4 * tile.depth),
-    )
-    share = cdiv(cdiv(count, splits), tile.depth) * tile.depth
-    splits = cdiv(count, share)
-    children = group if mode == CHILDREN else 1
-    size = taps * c_in * c_out
-    partial = torch.empty(splits, size + children * c_out, dtype=torch.float32, device=feats.device)
-    programs = width + children * cdiv(c_out, tile.columns)
-    gather_wgrad_kernel[(programs, splits)](
+    launched, taps = TAPS[mode]
+    children = 8 if mode == CHILDREN else 1
+    programs = cdiv(c_out, tile.columns) * (children + launched // tile.taps * cdiv(c_in, tile.rows))
+    gather_wgrad_kernel[(programs, partial.shape[0])](
         feats, grad, partial, table, count, share, first_child, partial.shape[1],
-        C_IN=c_in, C_OUT=c_out, TAPS=taps, MODE=CHILDREN if mode == CHILDREN else PLAIN, GROUP=group,
-        PRECISION=dot_precision(feats.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps,
-        SWAP=tile.swap, num_warps=tile.warps, num_stages=tile.stages,
+        C_IN=c_in, C_OUT=c_out, ALL_TAPS=taps, MODE=mode, PRECISION=dot_precision(feats.dtype),
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, SWAP=tile.swap, CACHE=tile.cache,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    total = (partial[0] if splits == 1 else partial.sum(0)).to(dtype)
-    columns = total[size:] if children == 1 else total[size:].view(children, c_out).sum(0)
-    return total[:size].view(taps, c_in, c_out), columns
+
+
+def sum_partial(
+    partial: Tensor, c_in: int, c_out: int, dtype: torch.dtype, *, mode: int = PLAIN
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight [27, in, out], also behind its collapsed form, and of the bias [out]."""
+    size = c_in * c_out
+    out = torch.empty(27 * size + c_out, dtype=dtype, device=partial.device)
+    parts = partial.shape[0] * (1 if mode == PLAIN else 8)
+    block, rows = (1024, 4) if parts <= 4 else (128, 32)
+    sum_partial_kernel[(27 * cdiv(size, block) + cdiv(c_out, block),)](
+        partial, out, partial.shape[0], partial.shape[1], SIZE=size, C_OUT=c_out, MODE=mode, BLOCK=block, BS=rows
+    )
+    return out[: 27 * size].view(27, c_in, c_out), out[27 * size :]

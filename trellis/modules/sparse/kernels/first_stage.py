@@ -7,29 +7,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.kernels.reduce import sum_moments, sum_tiles
-from trellis.modules.sparse.kernels.support import cdiv, power_of_2
+from trellis.modules.sparse.kernels.reduce import plan_tiles, sum_moments, sum_tiles
+from trellis.modules.sparse.kernels.support import power_of_2
 from trellis.modules.sparse.levels import Grid
 
-BLOCKS = 8
-"""Blocks of 512 values that a program of the statistics reads."""
+BLOCK_TILE = 64
+"""Blocks of 512 values that a program of the statistics reads, one after the other."""
 TILE_ROWS = 512
 STEP_ELEMENTS = 1024
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def block_moments_kernel(values, exists, counts, means, squares, blocks, CELLS: tl.constexpr, BB: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
-    inside = (block < blocks)[:, None]
-    place = block[:, None] * CELLS + tl.arange(0, CELLS)[None, :]
-    ok = inside & (tl.load(exists + place, mask=inside, other=0) != 0)
-    v = tl.load(values + place, mask=ok, other=0.0).to(tl.float32)
-    n = tl.sum(tl.where(ok, 1.0, 0.0), 1)
-    mean = tl.sum(v, 1) / tl.maximum(n, 1.0)
-    d = tl.where(ok, v - mean[:, None], 0.0)
-    tl.store(counts + block, n, mask=block < blocks)
-    tl.store(means + block, mean, mask=block < blocks)
-    tl.store(squares + block, tl.sum(d * d, 1), mask=block < blocks)
+@triton.jit
+def value_moments_kernel(values, exists, spans, counts, means, squares, CELLS: tl.constexpr):
+    """Count, mean and centred second moment of the values that exist in a tile of one sample's blocks."""
+    tile = tl.program_id(0).to(tl.int64)
+    begin = tl.load(spans + tile * 3 + 1)
+    end = tl.load(spans + tile * 3 + 2)
+    count = tl.zeros([CELLS], tl.float32)
+    plain = tl.zeros([CELLS], tl.float32)
+    for block in range(begin, end):
+        place = block * CELLS + tl.arange(0, CELLS)
+        ok = tl.load(exists + place) != 0
+        count += tl.where(ok, 1.0, 0.0)
+        plain += tl.where(ok, tl.load(values + place).to(tl.float32), 0.0)
+    n = tl.sum(count, 0)
+    mean = tl.sum(plain, 0) / tl.maximum(n, 1.0)
+    square = tl.zeros([CELLS], tl.float32)
+    for block in range(begin, end):
+        place = block * CELLS + tl.arange(0, CELLS)
+        ok = tl.load(exists + place) != 0
+        d = tl.where(ok, tl.load(values + place).to(tl.float32) - mean, 0.0)
+        square += d * d
+    tl.store(counts + tile, n)
+    tl.store(means + tile, mean)
+    tl.store(squares + tile, tl.sum(square, 0))
 
 
 @triton.jit
@@ -54,7 +65,7 @@ def first_forward_kernel(
         total = tl.zeros([RB, BC], tl.float32)
         n = tl.zeros([RB], tl.float32)
         plain = tl.zeros([RB], tl.float32)
-        for child in range(0, 8):
+        for child in tl.static_range(0, 8):
             ok = live & (tl.load(exists + slot + child, mask=live, other=0) != 0)
             s = tl.load(values + slot + child, mask=ok, other=0.0).to(tl.float32)
             y = s[:, None] * a + b
@@ -97,7 +108,7 @@ def first_backward_kernel(
         by_shift = tl.zeros([RB, BC], tl.float32)
         n = tl.zeros([RB], tl.float32)
         plain = tl.zeros([RB], tl.float32)
-        for child in range(0, 8):
+        for child in tl.static_range(0, 8):
             ok = live & (tl.load(exists + slot + child, mask=live, other=0) != 0)
             s = tl.load(values + slot + child, mask=ok, other=0.0).to(tl.float32)
             y = s[:, None] * a + b
@@ -124,12 +135,13 @@ def first_backward_kernel(
 def value_moments(values: Tensor, exists: Tensor, block_starts: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [B] float32 of the values [M, 512] that exist, per sample."""
     blocks, cells = values.shape
-    counts, means, squares = (torch.empty(blocks, dtype=torch.float32, device=values.device) for _ in range(3))
-    if blocks:
-        grid = (cdiv(blocks, BLOCKS),)
+    tiles = plan_tiles(block_starts, blocks, BLOCK_TILE)
+    number = tiles.spans.shape[0]
+    counts, means, squares = torch.empty(3, number, dtype=torch.float32, device=values.device).unbind(0)
+    if number:
         exists = exists.view(torch.uint8)
-        block_moments_kernel[grid](values, exists, counts, means, squares, blocks, CELLS=cells, BB=BLOCKS)
-    rows, mean, square = sum_moments(counts, means[:, None], squares[:, None], block_starts)
+        value_moments_kernel[(number,)](values, exists, tiles.spans, counts, means, squares, CELLS=cells)
+    rows, mean, square = sum_moments(counts, means[:, None], squares[:, None], tiles.first)
     return mean[:, 0], square[:, 0] / rows.clamp_min(1)
 
 
@@ -166,7 +178,15 @@ def first_backward(
     sums = torch.empty(number, 4 * channels, dtype=torch.float32, device=values.device)
     if number:
         first_backward_kernel[(number,)](
-            values, exists.view(torch.uint8), coarse.slots, tiles.spans, scale, shift, grad, grad_pooled, sums,
+            values,
+            exists.view(torch.uint8),
+            coarse.slots,
+            tiles.spans,
+            scale,
+            shift,
+            grad,
+            grad_pooled,
+            sums,
             **_shape(channels),
         )
     total = sum_tiles(sums, tiles.first).view(-1, 4, channels)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trellis.modules.sparse.kernels.support import cdiv, power_of_2
 
-ROWS, CODES, WARPS = 128, 128, 8
+ROWS, CODES, WARPS = 64, 128, 8
 
 
 @triton.jit(do_not_specialize=["count", "codes"])
@@ -20,21 +20,21 @@ def nearest_kernel(
     channel = tl.arange(0, BL)
     live = (row < count)[:, None] & (channel < L)[None, :]
     x = tl.load(rows + row[:, None] * L + channel[None, :], mask=live, other=0.0)
-    best = tl.full([BM], float("inf"), tl.float32)
-    place = tl.zeros([BM], tl.int64)
+    best = tl.full([BM, BK], float("inf"), tl.float32)
+    place = tl.zeros([BM, BK], tl.int32)
     for start in range(0, codes, BK):
         code = start + tl.arange(0, BK)
         inside = (channel < L)[:, None] & (code < codes)[None, :]
         c = tl.load(codebook + code.to(tl.int64)[None, :] * L + channel[:, None], mask=inside, other=0.0)
         score = tl.load(half_norm + code, mask=code < codes, other=float("inf"))[None, :]
         score = score - tl.dot(x, c, input_precision="ieee")
-        least = tl.min(score, 1)
-        # the first of equal ones, as argmin takes
-        at = tl.min(tl.where(score == least[:, None], code[None, :], 2147483647), 1)
-        better = least < best
-        best = tl.where(better, least, best)
-        place = tl.where(better, at.to(tl.int64), place)
-    tl.store(out + row, place, mask=row < count)
+        better = score < best
+        best = tl.where(better, score, best)
+        place = tl.where(better, code[None, :], place)
+    least = tl.min(best, 1)
+    # the first of equal ones, as argmin takes
+    at = tl.min(tl.where(best == least[:, None], place, 2147483647), 1)
+    tl.store(out + row, at.to(tl.int64), mask=row < count)
 
 
 def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:

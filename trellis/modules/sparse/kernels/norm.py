@@ -14,41 +14,46 @@ import triton.language as tl
 from torch import Tensor
 
 from trellis.modules.sparse.kernels.reduce import group_gradients, group_moments
-from trellis.modules.sparse.kernels.support import power_of_2
+from trellis.modules.sparse.kernels.support import cdiv, power_of_2
 from trellis.modules.sparse.levels import Grid
+from trellis.modules.sparse.plans import RowTiles
 
-TILE_ROWS, POOLED_ROWS = 512, 128
-"""Rows of a tile of one sample, plain and with 8 children each: a tile leaves one row of partial sums."""
-STEP_ELEMENTS = 2048
-"""Elements that a program holds at a time: more costs registers, and with them the programs that hide latency."""
+TILE_ROWS, POOLED_ROWS = 1024, 128
+"""Most rows of a tile of one sample, plain and with 8 children each: a tile leaves one row of partial sums."""
+PROGRAMS = 132 * 4
+"""Programs below which tiles become smaller, so that small levels fill the card too."""
+CHANNELS = 64
+"""Most channels of a program."""
+MOMENT_ELEMENTS, STEP_ELEMENTS = 4096, 2048
+"""Elements that a program holds at a time: more loads in flight, but more registers."""
 
 
 @triton.jit
-def moments_kernel(x, spans, means, squares, C: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, TILE: tl.constexpr):
+def moments_kernel(x, spans, means, squares, C: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr):
     tile = tl.program_id(0).to(tl.int64)
     begin = tl.load(spans + tile * 3 + 1)
     end = tl.load(spans + tile * 3 + 2)
-    channel = tl.arange(0, BC)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
     known = channel < C
-    mean = tl.zeros([BC], tl.float32)
-    square = tl.zeros([BC], tl.float32)
-    n = 0.0
-    for r in range(0, TILE, RB):
-        rows = begin + r + tl.arange(0, RB)
+    # moments about the mean of the first rows: near enough for float32, and no sums across threads in the loop
+    rows = begin + tl.arange(0, RB)
+    inside = (rows < end)[:, None] & known[None, :]
+    v = tl.load(x + rows[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    k = tl.minimum(tl.maximum(end - begin, 1), RB).to(tl.float32)
+    origin = tl.sum(v, 0) / k
+    plain = tl.zeros([RB, BC], tl.float32)
+    square = tl.zeros([RB, BC], tl.float32)
+    for r in range(begin, end, RB):
+        rows = r + tl.arange(0, RB)
         inside = (rows < end)[:, None] & known[None, :]
         v = tl.load(x + rows[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        k = tl.minimum(tl.maximum(end - begin - r, 0), RB).to(tl.float32)
-        part = tl.sum(v, 0) / tl.maximum(k, 1.0)
-        d = tl.where(inside, v - part[None, :], 0.0)
-        # merged as Chan, Golub and LeVeque (1983) do
-        both = n + k
-        delta = part - mean
-        share = k / tl.maximum(both, 1.0)
-        mean += delta * share
-        square += tl.sum(d * d, 0) + delta * delta * n * share
-        n = both
-    tl.store(means + tile * C + channel, mean, mask=known)
-    tl.store(squares + tile * C + channel, square, mask=known)
+        d = tl.where(inside, v - origin[None, :], 0.0)
+        plain += d
+        square += d * d
+    n = tl.maximum(end - begin, 1).to(tl.float32)
+    total = tl.sum(plain, 0)
+    tl.store(means + tile * C + channel, origin + total / n, mask=known)
+    tl.store(squares + tile * C + channel, tl.maximum(tl.sum(square, 0) - total * total / n, 0.0), mask=known)
 
 
 @triton.jit
@@ -60,7 +65,7 @@ def forward_kernel(
     sample = tl.load(spans + tile * 3)
     begin = tl.load(spans + tile * 3 + 1)
     end = tl.load(spans + tile * 3 + 2)
-    channel = tl.arange(0, BC)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
     known = channel < C
     centre = tl.load(mean + sample * C + channel, mask=known, other=0.0)[None, :]
     a = tl.load(scale + sample * C + channel, mask=known, other=0.0)[None, :]
@@ -75,7 +80,7 @@ def forward_kernel(
             n = tl.load(starts + rows + 1, mask=live, other=0) - first
             total = tl.zeros([RB, BC], tl.float32)
             plain = tl.zeros([RB, BC], tl.float32)
-            for child in range(0, 8):
+            for child in tl.static_range(0, 8):
                 ok = (child < n)[:, None] & inside
                 v = tl.load(x + (first + child)[:, None] * C + channel[None, :], mask=ok, other=0.0).to(tl.float32)
                 y = (v - centre) * a + b
@@ -113,7 +118,7 @@ def backward_kernel(
     sample = tl.load(spans + tile * 3)
     begin = tl.load(spans + tile * 3 + 1)
     end = tl.load(spans + tile * 3 + 2)
-    channel = tl.arange(0, BC)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
     known = channel < C
     table = sample * C + channel
     a = tl.load(scale + table, mask=known, other=0.0)[None, :]
@@ -123,8 +128,8 @@ def backward_kernel(
     if APPLY:
         c0 = tl.load(offset + table, mask=known, other=0.0)[None, :]
         c1 = tl.load(slope + table, mask=known, other=0.0)[None, :]
-    sum_g = tl.zeros([BC], tl.float32)
-    sum_gx = tl.zeros([BC], tl.float32)
+    sum_g = tl.zeros([RB, BC], tl.float32)
+    sum_gx = tl.zeros([RB, BC], tl.float32)
     for r in range(begin, end, RB):
         rows = r + tl.arange(0, RB)
         live = rows < end
@@ -138,7 +143,7 @@ def backward_kernel(
             handed *= weight
             if APPLY:
                 plain = tl.load(grad_pooled + place, mask=inside, other=0.0).to(tl.float32) * weight
-            for child in range(0, 8):
+            for child in tl.static_range(0, 8):
                 ok = (child < n)[:, None] & inside
                 fine = (first + child)[:, None] * C + channel[None, :]
                 v, g = normed_grad(x, handed, fine, ok, centre, a, b, SILU)
@@ -147,25 +152,34 @@ def backward_kernel(
                     d = a * g - c0 - c1 * hat + plain
                     tl.store(out + fine, d.to(out.dtype.element_ty), mask=ok)
                 else:
-                    sum_g += tl.sum(g, 0)
-                    sum_gx += tl.sum(g * hat, 0)
+                    sum_g += g
+                    sum_gx += g * hat
         else:
             v, g = normed_grad(x, handed, place, inside, centre, a, b, SILU)
             hat = v * inverse
             if APPLY:
                 tl.store(out + place, (a * g - c0 - c1 * hat).to(out.dtype.element_ty), mask=inside)
             else:
-                sum_g += tl.sum(g, 0)
-                sum_gx += tl.sum(g * hat, 0)
+                sum_g += g
+                sum_gx += g * hat
     if not APPLY:
-        tl.store(sums + tile * 2 * C + channel, sum_g, mask=known)
-        tl.store(sums + (tile * 2 + 1) * C + channel, sum_gx, mask=known)
+        tl.store(sums + tile * 2 * C + channel, tl.sum(sum_g, 0), mask=known)
+        tl.store(sums + (tile * 2 + 1) * C + channel, tl.sum(sum_gx, 0), mask=known)
 
 
-def shape_of(channels: int) -> dict[str, int]:
-    """Constants of a launch: channels, padded to a power of two, and rows of a step."""
-    wide = power_of_2(channels)
-    return {"C": channels, "BC": wide, "RB": max(4, min(TILE_ROWS, STEP_ELEMENTS // wide))}
+def shape_of(channels: int, elements: int) -> dict[str, int]:
+    """Constants of a launch: channels, those of a program, and rows of a step."""
+    wide = min(CHANNELS, power_of_2(channels))
+    return {"C": channels, "BC": wide, "RB": elements // wide}
+
+
+def tiles_of(grid: Grid, channels: int, most: int) -> RowTiles:
+    """Row tiles that give the card enough programs."""
+    chunks = cdiv(channels, CHANNELS)
+    rows = most
+    while rows > most // 16 and cdiv(grid.num_rows, rows) * chunks < PROGRAMS:
+        rows //= 2
+    return grid.row_tiles(rows)
 
 
 def norm_forward(
@@ -177,23 +191,22 @@ def norm_forward(
         x: [N, C] contiguous on `grid`; weight, bias: [C].
     """
     count, channels = x.shape
-    tiles = grid.row_tiles(TILE_ROWS)
-    number = tiles.spans.shape[0]
+    tiles = tiles_of(grid, channels, TILE_ROWS)
+    number, chunks = tiles.spans.shape[0], cdiv(channels, CHANNELS)
     means, squares = torch.empty(2, number, channels, dtype=torch.float32, device=x.device).unbind(0)
-    shape = shape_of(channels)
     if number:
-        moments_kernel[(number,)](x, tiles.spans, means, squares, TILE=TILE_ROWS, **shape)
+        moments_kernel[(number, chunks)](x, tiles.spans, means, squares, **shape_of(channels, MOMENT_ELEMENTS))
     mean, rstd, scale = group_moments(tiles, means, squares, weight, groups, eps)
     shift = bias.float().contiguous()
     target = coarse or grid
     out = torch.empty(target.num_rows, channels, dtype=x.dtype, device=x.device)
     pooled = torch.empty_like(out) if coarse is not None else None
-    tiles = target.row_tiles(TILE_ROWS if coarse is None else POOLED_ROWS)
+    tiles = tiles_of(target, channels, TILE_ROWS if coarse is None else POOLED_ROWS)
     starts = tiles.spans if coarse is None else coarse.child_starts
     if tiles.spans.shape[0]:
-        forward_kernel[(tiles.spans.shape[0],)](
+        forward_kernel[(tiles.spans.shape[0], chunks)](
             x, starts, tiles.spans, mean, scale, shift, out, out if pooled is None else pooled,
-            POOL=coarse is not None, SILU=silu, **shape,
+            POOL=coarse is not None, SILU=silu, **shape_of(channels, STEP_ELEMENTS),
         )  # fmt: skip
     return (out, pooled), (mean, rstd, scale, shift)
 
@@ -206,24 +219,24 @@ def norm_backward(
     mean, rstd, scale, bias = tables
     channels = x.shape[1]
     target = coarse or grid
-    tiles = target.row_tiles(TILE_ROWS if coarse is None else POOLED_ROWS)
-    number = tiles.spans.shape[0]
+    tiles = tiles_of(target, channels, TILE_ROWS if coarse is None else POOLED_ROWS)
+    number, chunks = tiles.spans.shape[0], cdiv(channels, CHANNELS)
     starts = tiles.spans if coarse is None else coarse.child_starts
-    shape = shape_of(channels)
+    shape = shape_of(channels, STEP_ELEMENTS)
     partial = torch.empty(number, 2 * channels, dtype=torch.float32, device=x.device)
     # the rows that fill a padded level up have no parent: nobody else writes their gradient
     out = torch.zeros_like(x) if grid.padded and coarse is not None else torch.empty_like(x)
     other = grad if grad_pooled is None else grad_pooled
     flags = {"POOL": coarse is not None, "SILU": silu}
     if number:
-        backward_kernel[(number,)](
+        backward_kernel[(number, chunks)](
             x, starts, tiles.spans, grad, other, mean, rstd, scale, bias, scale, scale, partial, out,
             APPLY=False, **flags, **shape,
         )  # fmt: skip
     # over a group: d = rstd (w g - mean(w g) - x_hat mean(w g x_hat))
     grad_bias, grad_weight, offset, slope = group_gradients(tiles, partial, grid.sample_starts, scale, groups)
     if number:
-        backward_kernel[(number,)](
+        backward_kernel[(number, chunks)](
             x, starts, tiles.spans, grad, other, mean, rstd, scale, bias, offset, slope, partial, out,
             APPLY=True, **flags, **shape,
         )  # fmt: skip

@@ -85,9 +85,7 @@ def sum_moments(counts: Tensor, means: Tensor, squares: Tensor, first: Tensor) -
     mean, square = (torch.empty(samples, columns, dtype=torch.float32, device=means.device) for _ in range(2))
     if samples:
         grid = (samples, cdiv(columns, COLUMNS))
-        tile_moments_kernel[grid](
-            counts, means, squares, first, total, mean, square, columns, BT=TILES, BC=COLUMNS
-        )
+        tile_moments_kernel[grid](counts, means, squares, first, total, mean, square, columns, BT=TILES, BC=COLUMNS)
     return total, mean, square
 
 

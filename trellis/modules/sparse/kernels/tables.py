@@ -66,9 +66,7 @@ def block_neighbours_kernel(coords, keys, order, out, count, steps, ROWS: tl.con
 
 
 @triton.jit(do_not_specialize=["count"])
-def tap_table_kernel(
-    blocks, slots, row_of, out, count, DENSE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr
-):
+def tap_table_kernel(blocks, slots, row_of, out, count, DENSE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
     SIDE: tl.constexpr = 1 << LOG
     CELLS: tl.constexpr = 1 << (3 * LOG)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
