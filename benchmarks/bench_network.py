@@ -1,9 +1,10 @@
 """Forward + backward, encode and decode of the published network on a spherical shell.
 
-python benchmarks/bench_network.py --resolution 256 512 1024 [--dtype float16] [--no-graphs] [--json FILE] [--profile FOLDER]
+python benchmarks/bench_network.py --resolution 256 512 1024 [--no-graphs] [--json FILE]
+    [--profile FOLDER]
 
-Prints, and writes to FILE, milliseconds (median, fastest, slowest), peak memory of PyTorch's allocator with the region of
-CUDA graphs ("peak_gb") and what it had reserved at most while recording them, too ("reserved_gb"), and the
+Prints, and writes to FILE, milliseconds (median, fastest, slowest), peak memory of PyTorch's allocator with the region
+of CUDA graphs ("peak_gb") and what it had reserved at most while recording them, too ("reserved_gb"), and the
 arithmetic floor: multiply-adds with the 8-tap rule and every tap counted, three times the forward ones for forward +
 backward, at 790 TFLOP/s.
 """

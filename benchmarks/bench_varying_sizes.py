@@ -110,7 +110,7 @@ def main() -> None:
     results = {**machine(), "resolution": args.resolution, "blocks": [blocks[0], blocks[-1]], "rows": []}
     for graphs in (False, True):
         results["rows"].append(run(batches, order, graphs))
-        print(json.dumps({"resolution": args.resolution, "blocks": results["blocks"], **results["rows"][-1]}), flush=True)
+        print(json.dumps({key: results[key] for key in ("resolution", "blocks")} | results["rows"][-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
