@@ -189,7 +189,7 @@ class SparseSDFTokenizer:
             ValueError: an unreadable file, tokens that another model made, or a memory budget that is too small.
         """
         tokens = self._checked(tokens)
-        return _as_blocks(tokens, self._decode_ids(tokens).cpu())
+        return _as_blocks(tokens, self.decode_values(tokens).cpu())
 
     def decode_mesh(self, tokens: Tokens | str | Path) -> tuple[np.ndarray, np.ndarray]:
         """The decoded surface: vertices float64 [V, 3], RAS mm (grid space without `to_world`), faces int64 [F, 3]."""
@@ -214,7 +214,7 @@ class SparseSDFTokenizer:
     def _decode_surface(self, tokens: Tokens | str | Path) -> tuple[torch.Tensor, torch.Tensor]:
         """Vertices float64 [V, 3] and faces [F, 3], on the device where they were made."""
         tokens = self._checked(tokens)
-        return self.surface_of(tokens, self._decode_ids(tokens))
+        return self.surface_of(tokens, self.decode_values(tokens))
 
     def surface_of(self, tokens: Tokens, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The surface of block values float16 [M, 8, 8, 8] at the tokens' places; as tensors, see `decode_mesh`.
@@ -259,7 +259,7 @@ class SparseSDFTokenizer:
             )
 
     @torch.no_grad()
-    def _decode_ids(self, tokens: Tokens) -> torch.Tensor:
+    def decode_values(self, tokens: Tokens) -> torch.Tensor:
         """Block values float16 [M, 8, 8, 8] in C order, on the device; inside stays inside when they round to zero."""
         m = len(tokens.ids)
         out = torch.empty(m, STORAGE_BLOCK**3, dtype=torch.float16, device=self.device)
