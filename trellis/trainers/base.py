@@ -187,6 +187,7 @@ class Trainer:
             terms = self.objective.losses(self.model, batch)
             self.precision.backward(terms[0] / self.sampler.global_batch)
             sums += terms.detach()
+            del terms  # while its graph lives, gradients are tied to this stream and no pass can be recorded
         self.precision.collect()
         sum_over_ranks_(self.precision.gradient)
         # Filled on the device: copying a list there would wait for it.
