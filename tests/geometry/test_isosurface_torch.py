@@ -19,7 +19,13 @@ from test_isosurface import (
 from trellis.geometry.block_complement import PaddedBlocks
 from trellis.geometry.block_complement_torch import PaddedBlockTensors, component_labels
 from trellis.geometry.isosurface import extract_mesh
-from trellis.geometry.isosurface_torch import ChunkSizes, extract_mesh_on, extract_mesh_tensors
+from trellis.geometry.isosurface_torch import (
+    ChunkSizes,
+    extract_mesh_on,
+    extract_mesh_tensors,
+    sizes_within,
+    surface_bytes,
+)
 from trellis.utils.blocks import SparseSDFBlocks
 
 TO_WORLD = np.array([[80.0, 0, 0, 5], [0, 80, 0, -40], [0, 0, 80, 300], [0, 0, 0, 1]])
@@ -124,3 +130,13 @@ def test_refuses_what_is_not_a_field():
         extract_mesh_on(SparseSDFBlocks(index[[0, 0]], values, None, 32), "cpu")
     with pytest.raises(ValueError, match=r"\[0, 4\)"):
         extract_mesh_on(SparseSDFBlocks(index + np.int16(3), values, None, 32), "cpu")
+
+
+def test_memory_is_counted_from_the_surface():
+    values = torch.from_numpy(BALL.block_sdf)
+    vertices = len(extract_mesh(BALL)[0])
+    large, small = surface_bytes(values), surface_bytes(values, ChunkSizes(1, 1))
+    assert 200 * 0.97 * vertices < small - 2048 * len(values) - 70_400 < 200 * 1.03 * vertices
+    assert sizes_within(values, large) == ChunkSizes()
+    assert surface_bytes(values, sizes_within(values, large - 1)) < large
+    assert sizes_within(values, small) is None

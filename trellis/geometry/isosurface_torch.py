@@ -126,22 +126,31 @@ def extract_mesh_on(blocks: SparseSDFBlocks, device: str | torch.device) -> tupl
     return vertices.cpu().numpy(), faces.long().cpu().numpy()
 
 
-def surface_bytes(block_sdf: Tensor) -> int:
+BYTES_PER_VERTEX, BYTES_PER_BLOCK = 200, 2048
+BYTES_PER_CHUNK_BLOCK, BYTES_PER_CHUNK_FACE = 70_000, 400
+
+
+def surface_bytes(block_sdf: Tensor, sizes: ChunkSizes = ChunkSizes()) -> int:
     """Bytes on the device that `extract_mesh_tensors` takes at the most besides its input [M, 8, 8, 8].
 
-    Counted from the sign changes inside blocks, a seventh more for those between blocks (measured: see
-    docs/performance.md).
+    Vertices are counted as the sign changes inside blocks and a seventh more, for those between blocks.
     """
     changes = 0
-    for part in block_sdf.split(1 << 13):
+    for part in block_sdf.split(sizes.blocks):
         inside = part < 0
         for axis in (1, 2, 3):
             first, second = inside.narrow(axis, 0, STORAGE_BLOCK - 1), inside.narrow(axis, 1, STORAGE_BLOCK - 1)
             changes += int((first != second).sum())
-    return changes * 8 // 7 * BYTES_PER_VERTEX + len(block_sdf) * BYTES_PER_BLOCK + BYTES_PER_CHUNKS
+    held = changes * 8 // 7 * BYTES_PER_VERTEX + len(block_sdf) * BYTES_PER_BLOCK
+    return held + sizes.blocks * BYTES_PER_CHUNK_BLOCK + sizes.faces * BYTES_PER_CHUNK_FACE
 
 
-BYTES_PER_VERTEX, BYTES_PER_BLOCK, BYTES_PER_CHUNKS = 200, 1 << 11, 700 << 20
+def sizes_within(block_sdf: Tensor, max_bytes: float) -> ChunkSizes | None:
+    """The largest of a few chunk sizes with which `surface_bytes` is at most `max_bytes`; None if none is."""
+    for sizes in (ChunkSizes(), ChunkSizes(2048, 1 << 18), ChunkSizes(512, 1 << 16)):
+        if surface_bytes(block_sdf, sizes) <= max_bytes:
+            return sizes
+    return None
 
 
 def _rows_with_surface(block_sdf: Tensor, padded: PaddedBlockTensors, sizes: ChunkSizes) -> Tensor:

@@ -222,12 +222,14 @@ class SparseSDFTokenizer:
         On CUDA it is made there, unless that takes more than `max_memory_gb`; else on the CPU.
         """
         from trellis.geometry.isosurface import extract_mesh
-        from trellis.geometry.isosurface_torch import extract_mesh_tensors, surface_bytes
+        from trellis.geometry.isosurface_torch import ChunkSizes, extract_mesh_tensors, sizes_within
 
-        if values.device.type == "cpu" or (
-            self.max_memory_gb is not None
-            and surface_bytes(values) + values.nbytes > self.max_memory_gb * 1e9 - self._weight_bytes
-        ):
+        sizes: ChunkSizes | None = None
+        if values.device.type != "cpu":
+            sizes = ChunkSizes()
+            if self.max_memory_gb is not None:
+                sizes = sizes_within(values, self.max_memory_gb * 1e9 - self._weight_bytes - values.nbytes)
+        if sizes is None:
             return tuple(torch.from_numpy(part) for part in extract_mesh(_as_blocks(tokens, values.cpu())))
         return extract_mesh_tensors(
             torch.from_numpy(tokens.block_index).to(values.device),
@@ -235,6 +237,7 @@ class SparseSDFTokenizer:
             resolution=tokens.resolution,
             band_voxels=tokens.band_voxels,
             to_world=tokens.to_world,
+            sizes=sizes,
         )
 
     def _checked(self, tokens: Tokens | str | Path) -> Tokens:
