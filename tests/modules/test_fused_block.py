@@ -50,6 +50,43 @@ def test_fused_block_equals_the_plain_one(shift, monkeypatch):
         torch.testing.assert_close(grad, named[value], rtol=1e-9, atol=1e-9)
 
 
+def check_row_kernels(device, dtype, rows, channels, tolerance):
+    """Kernels of rows and columns against plain float64."""
+    from trellis.modules.sparse.kernels import block
+
+    generator = torch.Generator().manual_seed(0)
+    x, y, z = (torch.randn(rows, channels, generator=generator).to(device, dtype) for _ in range(3))
+    order = torch.randperm(rows, generator=generator).to(device)
+    exact, plain = [t.double() for t in (x, y, z)], fused_block._Plain
+    wide = torch.float64
+    for got, expected in [
+        ([block.norm_rows(x)], [plain.norm_rows(exact[0])]),
+        ([block.norm_rows(x, order)], [plain.norm_rows(exact[0], order)]),
+        (block.add_norm(x, order, y), plain.add_norm(exact[0], order, exact[1])),
+        ([block.norm_backward(x, order, y, z)], [plain.norm_backward(exact[0], order, *exact[1:])]),
+        ([block.norm_backward(x, None, y, z)], [plain.norm_backward(exact[0], None, *exact[1:])]),
+        ([block.column_sums(x, torch.float32)], [plain.column_sums(exact[0], wide)]),
+        (block.gelu_backward(x, y, torch.float32), plain.gelu_backward(*exact[:2], wide)),
+    ]:
+        for a, b in zip(got, expected):
+            assert a.shape == b.shape and torch.isfinite(a).all()
+            assert float((a.double() - b).norm()) <= tolerance * float(b.norm())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without CUDA")
+@pytest.mark.parametrize("rows, channels", [(70, 24), (1, 65), (0, 8)])
+def test_row_kernels_interpreted(rows, channels):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    check_row_kernels("cpu", torch.float32, rows, channels, 2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("rows, channels", [(26888, 512), (1, 65), (3001, 2048), (0, 8)])
+def test_row_kernels_on_the_card(rows, channels, dtype, tolerance, cuda_device):
+    check_row_kernels(cuda_device, dtype, rows, channels, tolerance)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shift", [0, 4])

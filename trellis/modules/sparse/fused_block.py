@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trellis.modules.sparse.kernels.support import has_kernels
 from trellis.modules.sparse.plans import WindowPlan
 
 EPS = 1e-6
@@ -35,13 +36,43 @@ def _cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [p if p.dtype == dtype else p.to(dtype) for p in parameters]
 
 
-def _norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return aten.native_layer_norm.default(x, [x.shape[1]], None, None, EPS)
+class _Plain:
+    """The functions of `kernels/block.py` for tensors without kernels."""
+
+    @staticmethod
+    def norm_rows(x: Tensor, order: Tensor | None = None) -> Tensor:
+        out = F.layer_norm(x, x.shape[1:], eps=EPS)
+        return out if order is None else out.index_select(0, order)
+
+    @staticmethod
+    def add_norm(x: Tensor, order: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.index_select(0, order).add_(residual)
+        return total, F.layer_norm(total, total.shape[1:], eps=EPS)
+
+    @staticmethod
+    def norm_backward(grad: Tensor, order: Tensor | None, x: Tensor, residual: Tensor) -> Tensor:
+        grad = grad if order is None else grad.index_select(0, order)
+        _, mean, rstd = aten.native_layer_norm.default(x, [x.shape[1]], None, None, EPS)
+        wanted = [True, False, False]
+        out = aten.native_layer_norm_backward.default(grad, x, [x.shape[1]], mean, rstd, None, None, wanted)[0]
+        return out.add_(residual)
+
+    @staticmethod
+    def column_sums(grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return grad.sum(0).to(dtype)
+
+    @staticmethod
+    def gelu_backward(grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        out = aten.gelu_backward.default(grad, hidden, approximate="tanh")
+        return F.gelu(hidden, approximate="tanh"), out, out.sum(0).to(dtype)
 
 
-def _norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    wanted = [True, False, False]
-    return aten.native_layer_norm_backward.default(grad, x, [x.shape[1]], mean, rstd, None, None, wanted)[0]
+def _row_kernels(x: Tensor) -> Any:
+    if has_kernels(x.device, x.dtype):
+        from trellis.modules.sparse.kernels import block
+
+        return block
+    return _Plain
 
 
 def attention_forward(qkv: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,13 +94,6 @@ def attention_backward(
     return torch.stack(grads[:3], 1).view(qkv.shape[0], -1)
 
 
-def _linear_backward(
-    grad: Tensor, read: Tensor, weight: Tensor, types: tuple[torch.dtype, torch.dtype]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `read`, weight and bias; the last two in their own dtypes."""
-    return grad @ weight, (grad.t() @ read).to(types[0]), grad.sum(0).to(types[1])
-
-
 class FusedBlock(torch.autograd.Function):
     """x + attn(LN(x)), then x + mlp(LN(x)); weights may be float32 and are cast to the dtype of x."""
 
@@ -79,36 +103,40 @@ class FusedBlock(torch.autograd.Function):
         x = x.contiguous()
         rows, channels = x.shape
         wq, bq, wo, bo, w1, b1, w2, b2 = _cast(parameters, x.dtype)
-        normed, *norm1 = _norm(x)
-        by_window = normed.index_select(0, plan.order)
+        rows_of = _row_kernels(x)
+        by_window = rows_of.norm_rows(x, plan.order)
         qkv = torch.addmm(bq, by_window, wq.t()).view(rows, 3, heads, channels // heads)
         out, lse, *states = attention_forward(qkv, plan)
         handed = torch.addmm(bo, out.view(rows, channels), wo.t())
-        middle = handed.index_select(0, plan.inverse).add_(x)
-        normed, *norm2 = _norm(middle)
+        middle, normed = rows_of.add_norm(handed, plan.inverse, x)
+        if x.device.type == "cuda" and not any(ctx.needs_input_grad):
+            # GELU while the product is still in registers
+            return torch.addmm(b2, torch._addmm_activation(b1, normed, w1.t(), use_gelu=True), w2.t()).add_(middle)
         hidden = torch.addmm(b1, normed, w1.t())
         result = torch.addmm(b2, F.gelu(hidden, approximate="tanh"), w2.t()).add_(middle)
         ctx.plan, ctx.heads = plan, heads
-        ctx.save_for_backward(x, *norm1, qkv, out, lse, *states, middle, *norm2, hidden, *parameters)
+        ctx.save_for_backward(x, qkv, out, lse, *states, middle, hidden, *parameters)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        x, mean1, rstd1, qkv, out, lse, state0, state1, middle, mean2, rstd2, hidden = saved[:12]
-        parameters, plan = saved[12:], ctx.plan
+        x, qkv, out, lse, state0, state1, middle, hidden = saved[:8]
+        parameters, plan = saved[8:], ctx.plan
         types = [p.dtype for p in parameters]
         wq, _, wo, _, w1, _, w2, _ = _cast(parameters, x.dtype)
+        rows_of = _row_kernels(x)
         grad = grad.contiguous()
-        handed, d_w2, d_b2 = _linear_backward(grad, F.gelu(hidden, approximate="tanh"), w2, (types[6], types[7]))
-        handed = aten.gelu_backward.default(handed, hidden, approximate="tanh")
-        handed, d_w1, d_b1 = _linear_backward(handed, _norm(middle)[0], w1, (types[4], types[5]))
-        grad = _norm_backward(handed, middle, mean2, rstd2).add_(grad)
+        d_b2 = rows_of.column_sums(grad, types[7])
+        activated, handed, d_b1 = rows_of.gelu_backward(grad @ w2, hidden, types[5])
+        d_w2 = (grad.t() @ activated).to(types[6])
+        d_w1 = (handed.t() @ rows_of.norm_rows(middle)).to(types[4])
+        grad = rows_of.norm_backward(handed @ w1, None, middle, grad)
         handed = grad.index_select(0, plan.order)
-        handed, d_wo, d_bo = _linear_backward(handed, out.view_as(x), wo, (types[2], types[3]))
-        handed = attention_backward(handed.view_as(out), qkv, out, lse, (state0, state1), plan)
-        by_window = _norm(x)[0].index_select(0, plan.order)
-        handed, d_wq, d_bq = _linear_backward(handed, by_window, wq, (types[0], types[1]))
-        grad = _norm_backward(handed.index_select(0, plan.inverse), x, mean1, rstd1).add_(grad)
+        d_bo, d_wo = rows_of.column_sums(handed, types[3]), (handed.t() @ out.view_as(x)).to(types[2])
+        handed = attention_backward((handed @ wo).view_as(out), qkv, out, lse, (state0, state1), plan)
+        by_window = rows_of.norm_rows(x, plan.order)
+        d_bq, d_wq = rows_of.column_sums(handed, types[1]), (handed.t() @ by_window).to(types[0])
+        grad = rows_of.norm_backward(handed @ wq, plan.inverse, x, grad)
         return grad, None, None, d_wq, d_bq, d_wo, d_bo, d_w1, d_b1, d_w2, d_b2

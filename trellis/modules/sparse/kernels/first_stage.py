@@ -108,7 +108,7 @@ def first_backward_kernel(
         by_shift = tl.zeros([RB, BC], tl.float32)
         n = tl.zeros([RB], tl.float32)
         plain = tl.zeros([RB], tl.float32)
-        for child in tl.static_range(0, 8):
+        for child in range(0, 8):
             ok = live & (tl.load(exists + slot + child, mask=live, other=0) != 0)
             s = tl.load(values + slot + child, mask=ok, other=0.0).to(tl.float32)
             y = s[:, None] * a + b
