@@ -20,12 +20,19 @@ _MAX_OUTSIDE = 1.0
 _PULLS = (2e-3, 0.1, 0.3, 0.5)
 """Feature points go the first of these shares of the way to the middle of their loop with which no triangle of the fan
 folds over; never none of it, so that no two vertices come to lie together."""
-_FLAT_VOXELS = 0.03
-"""Neighbours of a vertex lie in its tangent plane to this: a flat side, as of a polyhedron, or a radius above 16."""
-_REACH_VOXELS = 0.35
+_FLAT_VOXELS = 0.02
+_PARALLEL_COSINE = 0.995
+_FLAT_NEIGHBOURS = 3
+"""The tangent plane of a vertex holds its neighbours to `_FLAT_VOXELS`, and so many of them have the same normal to 6
+degrees: a flat side, as of a polyhedron, or a radius above 25. (Three vertices around one tip share one gradient.)"""
+_REACH_VOXELS = 0.25
 """A vertex moves at most so far along its grid edge to the plane of a flat side."""
-_ROUNDS = 3
 _BEND_COSINE = 0.9
+"""The surface turns by more than 26 degrees from a vertex on a flat side to the next one: there is an edge between."""
+_ROUNDS = 3
+"""Planes of flat sides are handed on so often; central differences at an edge's two ends reach two voxels far."""
+_EDGE_MARGIN = 1e-3
+"""Vertices keep this distance (voxels) from voxel centres, as in `isosurface`."""
 _CHUNK_FACES = 1 << 20
 
 
@@ -100,22 +107,30 @@ def _extend_flat_sides(
 
     Next to a sharp edge the field's differences mix both sides, so that vertices there have neither a good normal nor a
     good place on their grid edge. Where a neighbour's tangent plane is flat (it holds the neighbour's own neighbours)
-    and cuts the vertex's grid edge near the vertex, that plane is the surface there. Two rounds, since the differences
-    reach two voxels far. Smooth surfaces have well-known normals, and bent ones no flat sides: both stay as they are.
+    and cuts the vertex's grid edge near the vertex, that plane is the surface there. The same holds for a vertex whose
+    normal is far from a flat side's next to it, though of length 1: outside of an edge or a corner, the distance to it
+    has such gradients. Smooth surfaces have no bends, and bent ones no flat sides: both stay as they are.
 
     Returns:
         vertices, normals and reliable, new arrays where anything changed.
     """
-    if reliable.all():
+    near = np.zeros(len(vertices), dtype=bool)  # within two steps of a bend or of a vertex without a normal
+    for start in range(0, len(faces), _CHUNK_FACES):
+        part = faces[start : start + _CHUNK_FACES]
+        normal = normals[part]
+        turn = np.einsum("fki,fki->fk", normal, np.roll(normal, -1, axis=1)).min(axis=1)
+        near[part[(turn < _BEND_COSINE) | ~reliable[part].all(axis=1)]] = True
+    if not near.any():
         return vertices, normals, reliable
-    links = _directed_edges(faces[~reliable[faces].all(axis=1)])
-    near = np.zeros(len(vertices), dtype=bool)  # within two steps of a vertex without a normal
-    near[links] = True
-    links = _directed_edges(faces[near[faces].any(axis=1)])
-    same = np.einsum("ij,ij->i", normals[links[:, 0]], normals[links[:, 1]]) > _SHARP_COSINE
-    one, two = links[same & reliable[links[:, 0]] & reliable[links[:, 1]]].T
+    # on a closed manifold mesh, each of the two directions of an edge is in one face
+    links = faces[near[faces].any(axis=1)]
+    links = np.concatenate([links[:, [0, 1]], links[:, [1, 2]], links[:, [2, 0]]])
+    cosine = np.einsum("ij,ij->i", normals[links[:, 0]], normals[links[:, 1]])
+    same = (cosine > _SHARP_COSINE) & reliable[links[:, 0]] & reliable[links[:, 1]]
+    one, two = links[same].T
+    parallel = cosine[same] > _PARALLEL_COSINE
     height = np.einsum("ij,ij->i", vertices[two] - vertices[one], normals[one])
-    side = reliable & (np.bincount(one, minlength=len(vertices)) >= 4)  # two neighbours, each in two triangles
+    side = reliable & (np.bincount(one[parallel], minlength=len(vertices)) >= _FLAT_NEIGHBOURS)
     side[one[np.abs(height) > _FLAT_VOXELS]] = False
     plane = np.where(side, np.arange(len(vertices)), -1)  # the vertex whose tangent plane each one has
     vertices, normals, reliable = vertices.copy(), normals.copy(), reliable.copy()
@@ -146,88 +161,36 @@ def _extend_flat_sides(
         vertex, first = np.unique(vertex[best], return_index=True)
         best = best[first]
         plane[vertex], normals[vertex], reliable[vertex] = giver[best], normals[giver[best]], True
-        # like all vertices, these keep off the voxel centres
-        vertices[vertex, axis[vertex]] = np.clip(here[best], low[best] + 1e-3, low[best] + 1 - 1e-3)
+        low, high = low[best] + _EDGE_MARGIN, low[best] + 1 - _EDGE_MARGIN
+        vertices[vertex, axis[vertex]] = np.clip(here[best], low, high)
     return vertices, normals, reliable
-
-
-def _directed_edges(faces: np.ndarray) -> np.ndarray:
-    """[6 F, 2], each side of each face both ways."""
-    return np.concatenate([faces[:, pair] for pair in ([0, 1], [1, 2], [2, 0], [1, 0], [2, 1], [0, 2])])
 
 
 def _feature_points(
     vertices: np.ndarray, normals: np.ndarray, reliable: np.ndarray, ring: np.ndarray, used: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points [L, 3] closest to the tangent planes at rings [L, 7] of vertices; whether they can be used.
-
-    A loop on an edge that ends nearby sees only the edge's two planes. With those of the adjacent loops it finds the
-    corner, and the loop nearest to a corner takes it.
-    """
+    """Points [L, 3] closest to the tangent planes at rings [L, 7] of vertices; whether they can be used."""
     position = vertices[ring]
     weight = used.astype(np.float64)
     middle = (position * weight[:, :, None]).sum(axis=1) / weight.sum(axis=1)[:, None]
-    low = np.floor(np.where(used[:, :, None], position, np.inf).min(axis=1))
     normal = normals[ring].astype(np.float64) * (used & reliable[ring])[:, :, None]
-    matrix = np.einsum("lki,lkj->lij", normal, normal)
-    right = np.einsum("lki,lk->li", normal, (normal * position).sum(axis=2))
-    edge_point, edge_rank = _closest_to_planes(matrix, right, middle)
-    near = np.abs(edge_point - np.clip(edge_point, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
-
-    one, two = _adjacent_loops(ring, used)
-    wide_matrix, wide_right = matrix.copy(), right.copy()
-    for a, b in ((one, two), (two, one)):
-        np.add.at(wide_matrix, a, matrix[b])
-        np.add.at(wide_right, a, right[b])
-    corner, rank = _closest_to_planes(wide_matrix, wide_right, middle)
-    at_corner = (edge_rank < 3) & (rank == 3)
-    at_corner &= np.abs(corner - np.clip(corner, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
-    away = np.where(at_corner, np.linalg.norm(corner - middle, axis=1), np.inf)
-    away[edge_rank == 3] = -1  # has its corner already
-    at_corner[np.where(away[one] > away[two], one, two)] = False
-    point = np.where(at_corner[:, None], corner, edge_point)
-    usable = near | at_corner
-
-    result, believed = np.empty_like(point), np.zeros(len(point), dtype=bool)
-    attempts = [(point, _PULLS[0]), *((edge_point, pull) for pull in _PULLS)]
-    for target, pull in attempts:
-        left = np.flatnonzero(usable & ~believed)
-        tried = target[left] + pull * (middle[left] - target[left])
-        good = ~_folds_over(vertices, normals, ring[left], used[left], tried)
-        result[left[good]], believed[left[good]] = tried[good], True
-        usable &= near | believed
-    _, number, count = np.unique(np.round(result[believed], 6), axis=0, return_inverse=True, return_counts=True)
-    believed[believed] = count[number.reshape(-1)] == 1
-    return result, believed
-
-
-def _closest_to_planes(matrix: np.ndarray, right: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points [L, 3] with least sum of squared distances to planes, nearest to `origin` where that leaves a choice.
-
-    Args:
-        matrix: [L, 3, 3], sums of n n^T over the planes' unit normals n.
-        right: [L, 3], sums of n (n . p) over the planes, p a point in each.
-        origin: [L, 3].
-
-    Returns:
-        the points; and the number of directions that the planes fix, 1 to 3.
-    """
-    values, vectors = np.linalg.eigh(matrix)
+    height = (normal * (position - middle[:, None])).sum(axis=2)
+    values, vectors = np.linalg.eigh(np.einsum("lki,lkj->lij", normal, normal))
     solid = values > _RANK_LIMIT * values[:, -1:]
-    rest = right - np.einsum("lij,lj->li", matrix, origin)
-    along = np.einsum("lij,li->lj", vectors, rest)
+    along = np.einsum("lij,li->lj", vectors, np.einsum("lki,lk->li", normal, height))
     along = np.where(solid, along / np.where(solid, values, 1), 0)
-    return origin + np.einsum("lij,lj->li", vectors, along), solid.sum(axis=1)
-
-
-def _adjacent_loops(ring: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows of `ring` that share a side of their loops."""
-    owner, place = np.nonzero(used)
-    start, end = ring[owner, place], ring[owner, (place + 1) % used.sum(axis=1)[owner]]
-    low, high = np.minimum(start, end), np.maximum(start, end)
-    order = np.lexsort((high, low))
-    same = (low[order[1:]] == low[order[:-1]]) & (high[order[1:]] == high[order[:-1]])
-    return owner[order[:-1][same]], owner[order[1:][same]]
+    feature = middle + np.einsum("lij,lj->li", vectors, along)
+    low = np.floor(np.where(used[:, :, None], position, np.inf).min(axis=1))
+    near = np.abs(feature - np.clip(feature, low, low + 1)).max(axis=1) < _MAX_OUTSIDE
+    point, believed = feature.copy(), np.zeros(len(feature), dtype=bool)
+    for pull in _PULLS:
+        left = np.flatnonzero(near & ~believed)
+        tried = feature[left] + pull * (middle[left] - feature[left])
+        good = ~_folds_over(vertices, normals, ring[left], used[left], tried)
+        point[left[good]], believed[left[good]] = tried[good], True
+    _, number, count = np.unique(np.round(point[believed], 6), axis=0, return_inverse=True, return_counts=True)
+    believed[believed] = count[number.reshape(-1)] == 1
+    return point, believed
 
 
 def _folds_over(
