@@ -32,7 +32,6 @@ from trellis.trainers.launch import configure_logging
 from trellis.utils.dist_utils import barrier, ranks_from_environment, start_process_group, stop_process_group
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "vae" / "sparse_sdf_vqvae_512.json"
-WARM_UP = 8
 PROFILED = 12
 
 
@@ -50,9 +49,9 @@ def busy_ms(trace: Path) -> tuple[float, int]:
 class Watch:
     """Follows a run step by step: warm-up, timed steps, one step whose waits are counted, profiled steps."""
 
-    def __init__(self, steps: int, first_step: int) -> None:
+    def __init__(self, warm_up: int, steps: int, first_step: int) -> None:
         self.begun = time.perf_counter()
-        self.timed = (first_step + WARM_UP, first_step + WARM_UP + steps)
+        self.timed = (first_step + warm_up, first_step + warm_up + steps)
         self.last = self.timed[1] + 1 + PROFILED
         self.first = first_step + 1
         self.times: dict[str, float] = {}
@@ -96,7 +95,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     trainer = build_trainer(options, ranks, device)
     built = time.perf_counter()
-    watch = Watch(args.steps, trainer.step)
+    watch = Watch(args.warm_up, args.steps, trainer.step)
     trainer.run(max_steps=watch.last, after_step=watch.after_step)
     seconds = watch.times[str(watch.timed[1])] - watch.times[str(watch.timed[0])]
     step_ms = 1e3 * seconds / args.steps
@@ -112,9 +111,10 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(), **machine(), "ranks": ranks.world_size, "config": Path(args.config).name,
         "overrides": list(args.overrides), "fp16_mode": trainer.precision.mode,
+        "warm_up": args.warm_up, "steps": args.steps,
         "parameters": trainer.precision.gradient.numel(), "shapes_per_step": trainer.sampler.global_batch,
         "build_s": round(built - began, 2), "first_step_s": round(watch.times[str(watch.first)] - built, 2),
-        "step_ms": round(step_ms, 2), "median_log_step_ms": median_ms(timed, "step_s"),
+        "step_ms": round(step_ms, 2), "median_step_ms": median_ms(timed, "step_s"),
         "shapes_per_s": round(1e3 * trainer.sampler.global_batch / step_ms, 2),
         "data_wait_ms": median_ms(timed, "data_s"), "gpu_busy_ms": round(busy / PROFILED, 2),
         "gpu_busy_share": round(busy / PROFILED / step_ms, 4), "kernels_per_step": round(kernels / PROFILED),
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=40, help="steps before; passes are recorded as graphs in them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args()

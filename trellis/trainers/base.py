@@ -25,9 +25,9 @@ from trellis.trainers.checkpoint import (
 )
 from trellis.trainers.ema import EMA
 from trellis.trainers.grad_clip import build_grad_clipper
-from trellis.trainers.loader import batch_size_per_rank, endless_batches, on_device
+from trellis.trainers.loader import DeviceBatches, batch_size_per_rank, endless_batches
 from trellis.trainers.logs import RunLog
-from trellis.trainers.memory import MemoryLimit, available_bytes, out_of_memory
+from trellis.trainers.memory import WORKSPACE_BYTES, MemoryLimit, available_bytes, out_of_memory
 from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer
 from trellis.trainers.precision import Precision, mode_on_device
 from trellis.trainers.random_state import random_state, seed_everything, set_random_state
@@ -155,17 +155,16 @@ class Trainer:
                 loaded = endless_batches(
                     self.dataset, self.sampler, self.objective, self.micro_batches, self._workers(), self.device, limit
                 )
-                batches = on_device(loaded, self.device)
+                batches = DeviceBatches(loaded, self.device)
                 log.restart_clock(self.step)
                 while self.step < last and exit_code is None:
-                    started = time.perf_counter()
+                    started, waited = time.perf_counter(), batches.waited_s
                     micro_batches = next(batches)
-                    data_s = time.perf_counter() - started
                     try:
-                        record, flags = self._train_step(micro_batches, stop)
+                        record, flags = self._train_step(micro_batches, stop, batches.prefetch)
                     except torch.OutOfMemoryError as error:
                         raise out_of_memory(self.step + 1, micro_batches, self.device, str(error)) from error
-                    record |= {"data_s": data_s, "step_s": time.perf_counter() - started}
+                    record |= {"data_s": batches.waited_s - waited, "step_s": time.perf_counter() - started}
                     exit_code = agreed_exit_code(flags)
                     self._log_step(log, record)
                     if max_steps is None:
@@ -180,7 +179,9 @@ class Trainer:
             log.close()
         return exit_code or 0
 
-    def _train_step(self, micro_batches: list[Batch], stop: StopSignals) -> tuple[dict[str, Any], list[float]]:
+    def _train_step(
+        self, micro_batches: list[Batch], stop: StopSignals, meanwhile: Callable[[], None]
+    ) -> tuple[dict[str, Any], list[float]]:
         self.precision.zero_gradient()
         sums = torch.zeros(len(self.objective.terms), device=self.device)
         for batch in micro_batches:
@@ -195,6 +196,7 @@ class Trainer:
         shared = sum_over_ranks_(torch.cat([sums, *own_flags]))
         figures, overwritten = self.objective.statistics()
         norm = self.precision.unscale(self.optimizer)
+        meanwhile()
         # The one wait for the device in a step: losses, signals, the codebook's figures and the norm in one transfer.
         scalars = [*shared, *figures.values(), overwritten, norm]
         *values, to_overwrite, grad_norm = torch.stack([value.double() for value in scalars]).tolist()
@@ -263,7 +265,7 @@ class Trainer:
         cost = self.objective.cost(self.precision.mode)
         if self.args.max_memory_gb is not None:
             return MemoryLimit(cost, int(self.args.max_memory_gb * 1e9))
-        still_to_come = self.precision.bytes_of_a_step()
+        still_to_come = WORKSPACE_BYTES + self.precision.bytes_of_a_step()
         if not self.optimizer.state:
             still_to_come += 2 * 4 * self.precision.gradient.numel()  # Adam's two moments
         return MemoryLimit(cost, available_bytes(self.device, still_to_come=still_to_come))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -89,33 +90,54 @@ def split_and_collate(
     return [collate(piece) for piece in pieces]
 
 
-def on_device(batches: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+class DeviceBatches:
     """The same micro-batches on `device`.
 
-    On CUDA the next step's are copied, from page-locked memory on a stream of their own, while this one's are used.
+    On CUDA, `prefetch` takes the next step's from the loader and starts their copies, from page-locked memory on a
+    stream of their own, while the device works on this step's. What is wrong with them is raised when they are asked
+    for.
+
+    Attributes:
+        waited_s: seconds spent waiting for the loader so far.
     """
-    if device.type != "cuda":
-        for batch in batches:
-            yield [to_device(part, device) for part in batch]
-        return
-    copies = torch.cuda.Stream(device)
 
-    def start() -> tuple[list[Batch], torch.cuda.Event]:
-        parts = next(batches)
-        with torch.cuda.stream(copies):
-            moved = [to_device(part, device) for part in parts]
-            return moved, copies.record_event()
+    def __init__(self, batches: Iterator[list[Batch]], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[list[Batch], torch.cuda.Event | None] | InputError | None = None
+        self.waited_s = 0.0
 
-    ahead = start()
-    while True:
-        (moved, copied), ahead = ahead, start()
-        current = torch.cuda.current_stream(device)
-        current.wait_event(copied)
-        for part in moved:
-            for value in part.values():
-                if isinstance(value, Tensor) and value.is_cuda:
-                    value.record_stream(current)  # not to be reused by the copies while this step reads it
-        yield moved
+    def _start(self) -> tuple[list[Batch], torch.cuda.Event | None]:
+        started = time.perf_counter()
+        parts = next(self._batches)
+        self.waited_s += time.perf_counter() - started
+        if self._copies is None:
+            return [to_device(part, self._device) for part in parts], None
+        with torch.cuda.stream(self._copies):
+            return [to_device(part, self._device) for part in parts], self._copies.record_event()
+
+    def prefetch(self) -> None:
+        """Start on the next step's micro-batches; nothing on a CPU."""
+        if self._copies is None or self._ahead is not None:
+            return
+        try:
+            self._ahead = self._start()
+        except InputError as error:
+            self._ahead = error
+
+    def __next__(self) -> list[Batch]:
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, InputError):
+            raise ahead
+        moved, copied = ahead or self._start()
+        if copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            for part in moved:
+                for value in part.values():
+                    if isinstance(value, Tensor) and value.is_cuda:
+                        value.record_stream(current)  # not to be reused by the copies while this step reads it
+        return moved
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 USABLE_SHARE = 0.92
 """Share of the free memory that is planned with: the allocator's pieces do not fit without gaps."""
 
+WORKSPACE_BYTES = 200_000_000
+"""What a step takes whatever its size: workspaces of matrix products, partial sums."""
+
 
 class OutOfDeviceMemory(RuntimeError):
     """The device's memory did not suffice for a step; the message names the shapes and what to change."""

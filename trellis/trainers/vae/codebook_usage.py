@@ -41,9 +41,9 @@ class CodebookUsage:
     def finish_epoch(self) -> dict[str, float]:
         """Figures of the epoch that ends, and a fresh start; a collapse is announced."""
         codes = self.counts.numel()
-        rows = int(self.counts.sum())
-        used = int((self.counts > 0).sum())
-        value = float(perplexity(self.counts))
+        figures = [self.counts.sum().double(), (self.counts > 0).sum().double(), perplexity(self.counts)]
+        rows, used, value = torch.stack(figures).tolist()  # one wait for the device
+        rows, used = int(rows), int(used)
         self.counts.zero_()
         # An epoch of few rows cannot use more codes than it has rows.
         reachable = min(codes, rows)
