@@ -20,6 +20,10 @@ from trellis.geometry.block_complement import PaddedBlocks
 from trellis.geometry.block_complement_torch import PaddedBlockTensors, component_labels
 from trellis.geometry.isosurface import extract_mesh
 from trellis.geometry.isosurface_torch import (
+    BYTES_PER_BLOCK,
+    BYTES_PER_CHUNK_BLOCK,
+    BYTES_PER_CHUNK_FACE,
+    BYTES_PER_VERTEX,
     ChunkSizes,
     extract_mesh_on,
     extract_mesh_tensors,
@@ -136,7 +140,8 @@ def test_memory_is_counted_from_the_surface():
     values = torch.from_numpy(BALL.block_sdf)
     vertices = len(extract_mesh(BALL)[0])
     large, small = surface_bytes(values), surface_bytes(values, ChunkSizes(1, 1))
-    assert 200 * 0.97 * vertices < small - 2048 * len(values) - 70_400 < 200 * 1.03 * vertices
+    held = small - BYTES_PER_BLOCK * len(values) - BYTES_PER_CHUNK_BLOCK - BYTES_PER_CHUNK_FACE
+    assert 0.97 < held / (BYTES_PER_VERTEX * vertices) < 1.03
     assert sizes_within(values, large) == ChunkSizes()
     assert surface_bytes(values, sizes_within(values, large - 1)) < large
     assert sizes_within(values, small) is None

@@ -126,8 +126,9 @@ def extract_mesh_on(blocks: SparseSDFBlocks, device: str | torch.device) -> tupl
     return vertices.cpu().numpy(), faces.long().cpu().numpy()
 
 
-BYTES_PER_VERTEX, BYTES_PER_BLOCK = 200, 2048
-BYTES_PER_CHUNK_BLOCK, BYTES_PER_CHUNK_FACE = 70_000, 400
+BYTES_PER_VERTEX, BYTES_PER_BLOCK = 320, 2048
+BYTES_PER_CHUNK_BLOCK, BYTES_PER_CHUNK_FACE = 70_000, 200
+"""Measured by counting live tensors: 160 a vertex where nothing is sharp, 300 where `sharpen` gets the whole mesh."""
 
 
 def surface_bytes(block_sdf: Tensor, sizes: ChunkSizes = ChunkSizes()) -> int:
@@ -387,22 +388,25 @@ def _sharpened(edges: _Edges, faces: Tensor, table_rows: Tensor, sizes: ChunkSiz
         first = found - (table_rows[found] - loop_start[loop])
         for k in range(int(loop_size.max())):
             chosen[(first + k)[k < loop_size[loop]]] = True
-    part = faces[chosen].long()
-    used, local = torch.unique(part, return_inverse=True)
-    given = (vertices[used], normals[used], edges.reliable[used], local, table_rows[chosen])
-    moved, turned, new_faces = sharpen(*(x.cpu().numpy() for x in given))
-    moved, turned, new_faces = (
-        torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (moved, turned, new_faces)
-    )
-    vertices, normals = vertices.clone(), normals.clone()
-    vertices[used], normals[used] = moved[: len(used)], turned[: len(used)]
-    added = torch.arange(len(moved) - len(used), device=device) + len(vertices)
-    name = torch.cat([used, added])
-    return (
-        torch.cat([vertices, moved[len(used) :]]),
-        torch.cat([normals, turned[len(used) :]]),
-        torch.cat([faces[~chosen], name[new_faces].int()]),
-    )
+    part, rest = faces[chosen], faces[~chosen]
+    table_part = table_rows[chosen].cpu().numpy()
+    used = torch.zeros(len(vertices), dtype=torch.bool, device=device)
+    for some in part.split(sizes.faces):
+        used[some.long().view(-1)] = True
+    place = used.cumsum(0, dtype=torch.int32) - 1
+    local = torch.cat([place[some.long()].cpu() for some in part.split(sizes.faces)]).long().numpy()
+    del part, place, chosen, near
+    used = used.nonzero()[:, 0]
+    given = (vertices[used], normals[used], edges.reliable[used])
+    moved, turned, new_faces = sharpen(*(x.cpu().numpy() for x in given), local, table_part)
+    del given
+    count, old = len(used), len(vertices)
+    vertices = torch.cat([vertices, torch.from_numpy(moved[count:]).to(device)])
+    vertices[used] = torch.from_numpy(moved[:count]).to(device)
+    normals = torch.cat([normals, torch.from_numpy(turned[count:]).to(device)])
+    normals[used] = torch.from_numpy(turned[:count]).to(device)
+    name = torch.cat([used.int().cpu(), torch.arange(old, old + len(moved) - count, dtype=torch.int32)])
+    return vertices, normals, torch.cat([rest, name[torch.from_numpy(new_faces)].to(device)])
 
 
 def _balance_chords(vertices: Tensor, normals: Tensor, faces: Tensor, sizes: ChunkSizes) -> Tensor:

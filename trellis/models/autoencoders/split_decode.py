@@ -122,6 +122,7 @@ def split_decode(
         for start, stop in _whole_windows(plan.cu_seqlens.tolist(), sizes.trunk):
             rows = plan.order[start:stop].sort().values
             x[rows] = block(x[rows], Topology(coords[rows], samples), fused)
+            _give_back(x.device)
     order = torch.argsort(packed_keys(coords))
     state: Tensor | None = None
     for rows, around, place in _parts(topology, order, COARSE_RINGS, sizes.coarse):
@@ -129,12 +130,22 @@ def split_decode(
         if state is None:
             state = part.new_empty(m, 8, part.shape[1])
         state[rows] = part.view(len(around), 8, -1)[place]
+        del part
+        _give_back(x.device)
     del x
     if state is None:
         return
     for rows, around, place in _parts(topology, order, FINE_RINGS, sizes.fine):
         given = state[around].view(8 * len(around), -1)
         yield rows, decoder.fine(given, Topology(coords[around], samples), fused, backend)[place]
+        del given
+        _give_back(state.device)
+
+
+def _give_back(device: torch.device) -> None:
+    """Return unused memory to CUDA: parts differ in size, and what one leaves behind seldom fits the next."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _whole_windows(starts: list[int], most: int) -> Iterator[tuple[int, int]]:
