@@ -40,8 +40,10 @@ def start(root: Path, out: Path, workers: int) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers_of(pid: int) -> list[int]:
+    """Worker processes that a run's threads started, those included that are just starting."""
+    children = [int(c) for file in Path(f"/proc/{pid}/task").glob("*/children") for c in file.read_text().split()]
+    return [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def finished(out: Path) -> int:
@@ -78,13 +80,15 @@ def main() -> int:
                 time.sleep(0.01)
             time.sleep(rng.random() * 0.1)
             whole = i % 2 == 1
-            if whole or not children(run.pid):
+            if whole:
                 run.kill()
                 run.wait()
                 check_files(out, half)
                 run = start(root, out, args.workers)
             else:
-                os.kill(int(rng.choice(children(run.pid))), signal.SIGKILL)
+                while not workers_of(run.pid):
+                    time.sleep(0.01)
+                os.kill(int(rng.choice(workers_of(run.pid))), signal.SIGKILL)
             print(f"kill {i + 1}: {'the run' if whole else 'a worker'} after {finished(out)} of {total} files")
         text, _ = run.communicate()
         print(f"finished after {time.perf_counter() - begin:.0f} s, exit code {run.returncode}: {text.splitlines()[0]}")

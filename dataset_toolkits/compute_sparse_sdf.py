@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.strerror or error}; run the same command again to continue", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        return 130
     print(describe_summary(summary))
     if options["world_size"] > 1:
         print(f"after all {options['world_size']} ranks: python -m dataset_toolkits.build_metadata {summary.out}")

@@ -28,6 +28,7 @@ PACKAGES: dict[str, str] = {
     "SimpleITK": "NRRD, MHA and DICOM cannot be read; pip install SimpleITK",
     "dask": "preparation of many shapes cannot run; pip install dask distributed",
     "distributed": "preparation of many shapes cannot run; pip install distributed",
+    "cryptography": "local workers of a preparation cannot run; pip install cryptography",
     "typer": "the command line cannot run; pip install typer",
     "rich": "no progress bars; pip install rich",
     "huggingface_hub": "models cannot be fetched by hub id; pip install huggingface_hub",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 from preparation_shapes import make_patients
 
 from trellis.preparation.execution import open_runner
@@ -22,18 +26,30 @@ def lost(task, reason):
     return reason
 
 
+def kill_a_worker_when_busy(client: Client, records: Path) -> None:
+    """Kill one of the cluster's workers once a first file is done."""
+    while not (records.is_dir() and any(records.glob("*.json"))):
+        time.sleep(0.01)
+    os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+
+
 def main(folder: Path) -> None:
     cluster = LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None,
+        n_workers=2, threads_per_worker=1, processes=True, protocol="tcp", host="127.0.0.1", dashboard_address=None,
         silence_logs=50, local_directory=str(folder / "dask"),
     )  # fmt: skip
-    with cluster:
+    with cluster, Client(cluster) as client:
         with open_runner(scheduler=cluster.scheduler_address) as run:
             assert dict(run(fail_on_two, list(range(4)), lost)) == {0: 0, 1: 1, 2: "RuntimeError: a bug", 3: 3}
-        root, out = make_patients(folder / "in", 3), folder / "out"
-        options = {"resolutions": (32,), "progress": False, "scheduler": cluster.scheduler_address}
-        assert prepare_dataset(root, out, **options).exit_code == 0
-    assert prepare_dataset(root, out, resolutions=(32,), progress=False).n_computed == 0
+        root, out = make_patients(folder / "in", 8), folder / "out"
+        killer = threading.Thread(target=kill_a_worker_when_busy, args=(client, out / "records" / "sdf"))
+        killer.start()
+        options = {"resolutions": (32, 64), "progress": False, "scheduler": cluster.scheduler_address}
+        summary = prepare_dataset(root, out, **options)
+        killer.join()
+        assert (summary.exit_code, summary.n_shapes) == (0, 8)
+        assert len(list((out / "sparse_sdf").glob("*.npz"))) == 16 and not list(out.rglob("*.tmp"))
+    assert prepare_dataset(root, out, resolutions=(32, 64), progress=False).n_computed == 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Local worker processes: killed workers and a killed run lose nothing."""
+"""Dask workers, local and elsewhere: killed ones and a killed run lose nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from preparation_shapes import make_patients
 
-from trellis.preparation.execution import open_runner
-from trellis.preparation.local_pool import open_pool
+from trellis.preparation.execution import LOST_WORKER, _run_on_client, open_runner
+from trellis.preparation.local_cluster import open_local_cluster
 from trellis.preparation.prepare import prepare_dataset
 from trellis.utils.io_utils import load_sparse_sdf
 
@@ -44,7 +44,7 @@ def lost(task, reason):
 def test_a_task_that_kills_its_worker_is_given_up_and_the_rest_is_done():
     with open_runner(workers=2) as run:
         results = dict(run(die_on_three, list(range(8)), lost))
-        assert results.pop(3) == "its worker process died 3 times"
+        assert results.pop(3) == LOST_WORKER
         assert results == {x: 2 * x for x in range(8) if x != 3}
         results = dict(run(fail_on_two, list(range(4)), lost))
         assert results == {0: 0, 1: 1, 2: "RuntimeError: a bug", 3: 3}
@@ -53,14 +53,30 @@ def test_a_task_that_kills_its_worker_is_given_up_and_the_rest_is_done():
 
 def take_memory(x):
     held = bytearray(x << 20)
+    held[::4096] = b"x" * len(held[::4096])  # resident, not only reserved
     time.sleep(5 if x > 100 else 0)
     return len(held) >> 20
 
 
 def test_a_task_that_takes_too_much_memory_is_ended():
-    with open_pool(1, memory_bytes=200 << 20) as pool:
-        results = dict(pool.run(take_memory, [300, 1], lost))
-    assert "needs more than 0.2 GiB" in results[300] and results[1] == 1
+    with open_local_cluster(1, memory_bytes=400 << 20) as client:
+        results = dict(_run_on_client(client, take_memory, [600, 1], lost))
+    assert "more memory than its share" in results[600] and results[1] == 1
+
+
+def test_workers_print_to_stderr_and_dask_says_nothing(capfd):
+    threads = os.environ.get("OMP_NUM_THREADS")
+    with open_runner(workers=2) as run:
+        assert dict(run(speak, [1, 2], lost)) == {1: "1", 2: "1"}
+        dict(run(die_on_three, [3], lost))
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+    out, error = capfd.readouterr()
+    assert out == "" and sorted(error.split()) == ["spoken", "spoken"]
+
+
+def speak(_):
+    os.write(1, b"spoken\n")
+    return os.environ["OMP_NUM_THREADS"]
 
 
 def test_workers_are_gone_afterwards_however_it_ends():
@@ -82,7 +98,7 @@ def test_no_scheduler_there():
         pass
 
 
-def test_a_dask_scheduler(tmp_path):
+def test_a_dask_scheduler_whose_workers_are_killed(tmp_path):
     """In a process of its own: Dask gives its event loop ten seconds to start, which a busy test process may need."""
     script = Path(__file__).with_name("dask_case.py")
     done = subprocess.run(
@@ -108,7 +124,7 @@ def test_a_killed_run_continues(tmp_path):
     assert 3 <= done < 24 and not (out / "metadata.csv").exists()
     for path in (out / "sparse_sdf").glob("*.npz"):
         load_sparse_sdf(path)  # whole, or not there at all
-    time.sleep(0.5)  # workers notice that their run is gone, and end
+    time.sleep(1.0)  # workers notice that their run is gone, and end
     options = {"resolutions": (32, 64), "workers": 0, "progress": False}
     summary = prepare_dataset(root, out, **options)
     assert 0 < summary.n_computed <= 24 - done + 12 and summary.exit_code == 0

@@ -1,20 +1,19 @@
-"""Running many tasks: in this process, on local worker processes, or on a Dask cluster."""
+"""Running many tasks: in this process, on local Dask workers, or on a Dask cluster elsewhere."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trellis.preparation.local_pool import open_pool
-
-logger = logging.getLogger(__name__)
+from trellis.preparation.local_cluster import open_local_cluster
 
 BYTES_PER_WORKER = 3 << 30
 """Memory that a worker process is planned with: 1024 cubed of a large shape stays below it."""
+
+LOST_WORKER = "its worker process died each time (killed, a crash, or more memory than its share: try fewer workers)"
 
 Runner = Callable[[Callable[[Any], Any], Sequence[Any], Callable[[Any, str], Any]], Iterator[tuple[Any, Any]]]
 """run(function, tasks, lost) yields (task, result) as they finish; lost(task, reason) makes the result of a task whose
@@ -60,8 +59,8 @@ def open_runner(workers: int | None = None, scheduler: str | None = None) -> Ite
         yield _run_here
     else:
         workers = default_workers() if workers is None else workers
-        with open_pool(workers, max(memory_bytes() // workers, 1 << 30)) as pool:
-            yield pool.run
+        with open_local_cluster(workers, max(memory_bytes() // workers, 1 << 30)) as client:
+            yield lambda function, tasks, lost: _run_on_client(client, function, tasks, lost)
 
 
 def _run_here(
@@ -86,24 +85,41 @@ def _cluster_client(scheduler: str) -> Iterator[Any]:
 def _run_on_client(
     client: Any, function: Callable[[Any], Any], tasks: Sequence[Any], lost: Callable[[Any, str], Any]
 ) -> Iterator[tuple[Any, Any]]:
-    """Tasks as their results come. One whose workers died is tried once more alone: it may have died of others."""
+    """Tasks as their results come. One whose workers died is tried once more alone: it may have died of others.
+
+    Raises:
+        ConnectionError: the scheduler is gone.
+    """
+    from asyncio import CancelledError
+
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
-    futures = {client.submit(function, task, pure=False): task for task in tasks}
+    futures = {client.submit(_answer, function, task, pure=False): task for task in tasks}
     suspects = []
-    for future in as_completed(list(futures)):
-        task = futures.pop(future)
-        error = future.exception() if future.status == "error" else None
-        if isinstance(error, KilledWorker):
-            suspects.append(task)
-        elif error is not None:
-            yield task, lost(task, f"{type(error).__name__}: {error}")
-        else:
-            yield task, future.result()
-        future.release()
-    for task in suspects:
-        try:
-            yield task, client.submit(function, task, pure=False).result()
-        except KilledWorker:
-            yield task, lost(task, "its worker process died each time (out of memory, killed, or a crash)")
+    try:
+        for future in as_completed(list(futures)):
+            task = futures.pop(future)
+            try:
+                result, error = future.result()
+            except KilledWorker:
+                suspects.append(task)
+                continue
+            future.release()
+            yield task, result if error is None else lost(task, error)
+        for task in suspects:
+            try:
+                result, error = client.submit(_answer, function, task, pure=False).result()
+            except KilledWorker:
+                result, error = None, LOST_WORKER
+            yield task, result if error is None else lost(task, error)
+    except CancelledError:
+        raise ConnectionError("the connection to the Dask scheduler is lost") from None
+
+
+def _answer(function: Callable[[Any], Any], task: Any) -> tuple[Any, str | None]:
+    """(result, None), or (None, what was raised): an exception of its own may not travel, and hides whose it was."""
+    try:
+        return function(task), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
