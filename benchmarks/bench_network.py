@@ -120,6 +120,7 @@ def bench(model: SparseSDFVQVAE, resolution: int, repeats: int, profiles: Path |
     if profiles:
         profiles.mkdir(parents=True, exist_ok=True)
         profile(step, profiles / f"step_{resolution}.txt")
+    model.release_graphs()
     model.eval()
     latent = encode()
 

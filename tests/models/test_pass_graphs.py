@@ -212,39 +212,65 @@ def on_the_card(mode, **changes):
     return model
 
 
-def relative(got, good):
-    return float((got.double() - good.double()).norm() / good.double().norm().clamp_min(1e-12))
+def compare_steps(model, plain, radii, tolerance):
+    """Steps of both with the same weights and gradients kept over some steps: errors by each tensor's own size.
 
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", [*GPU_MODES, "checkpoint"])
-def test_graphs_on_the_card(mode, cuda_device):
-    changes = {"use_checkpoint": True} if mode == "checkpoint" else {}
-    mode = "half" if changes else mode
-    model, plain = on_the_card(mode, **changes), on_the_card(mode, cuda_graphs=False, **changes)
-    radii = [[0.4], [0.4], [0.398], [0.4], [0.402], [0.401], [0.3, 0.42], [0.3, 0.42], [0.42, 0.3], [0.4], [0.401]]
-    eps = torch.finfo(model.compute_dtype).eps
+    A bias before a norm has no gradient but rounding: its error counts against all gradients.
+    """
+    worst = {}
     for step, radius in enumerate(radii):
         batch = spheres(radius, 128, "cuda")
+        outputs = []
         for m in (model, plain):
             m.zero_grad(set_to_none=step % 3 > 0)
             out = m(batch)
             loss = (out["sdf"] - batch["block_sdf"].float()).square().mean() + out["codebook_rows"].mean()
             (256 * (loss + 0.25 * out["commitment_rows"].mean())).backward()
-            if m is model:
-                got = out
-        for name in ("sdf", "latent"):
-            assert relative(got[name], out[name]) < 16 * eps, (step, name)
-        assert float((got["ids"] == out["ids"]).float().mean()) > 0.97
-        for (name, a), b in zip(model.named_parameters(), plain.parameters()):
-            assert relative(a.grad, b.grad) < 64 * eps, (step, name)
+            outputs.append(out)
+        got, out = outputs
+        pairs = {name: (got[name], out[name]) for name in ("sdf", "latent", "commitment_rows")}
+        pairs |= {name: (a.grad, b.grad) for (name, a), b in zip(model.named_parameters(), plain.parameters())}
+        whole = torch.stack([b.double().norm() for name, (_, b) in pairs.items() if name not in got]).norm()
+        for name, (a, b) in pairs.items():
+            size = b.double().norm() + (0 if name in got else 1e-2 * whole)
+            error = float((a.double() - b.double()).norm() / size)
+            worst[name] = max(worst.get(name, 0), error)
+        print(step, radius, max((e, name) for name, e in worst.items()))
+        assert float((got["ids"] == out["ids"]).float().mean()) > 0.99
         with torch.no_grad():
-            for parameters in zip(model.parameters(), plain.parameters()):
-                for p in parameters:
-                    p.sub_(parameters[1].grad.clamp(-1, 1), alpha=1e-4)
+            for a, b in zip(model.parameters(), plain.parameters()):
+                change = b.grad.clamp(-1, 1) * 1e-4
+                a.sub_(change)
+                b.sub_(change)
         for m in (model, plain):
             m.quantizer.discard()
+    assert max(worst.values()) < tolerance, sorted(worst.items(), key=lambda item: -item[1])[:5]
+
+
+RADII = [[0.4], [0.4], [0.398], [0.4], [0.402], [0.401], [0.3, 0.42], [0.3, 0.42], [0.42, 0.3], [0.4], [0.401]]
+
+
+@pytest.mark.gpu
+def test_filling_up_on_the_kernels(cuda_device, monkeypatch):
+    """Float32, no graph: batches filled up against batches as they are."""
+    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: self.cuda_graphs)
+    model = model_of(model_channels=128).cuda().train()
+    model._graphs = PassGraphs(Repeater)
+    compare_steps(model, model_of(model_channels=128, cuda_graphs=False).cuda().train(), RADII, 1e-3)
     assert model._graphs.hits >= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [*GPU_MODES, "checkpoint"])
+def test_graphs_on_the_card(mode, cuda_device):
+    """The recorded kernels against the same kernels launched one by one."""
+    changes = {"use_checkpoint": True} if mode == "checkpoint" else {}
+    model, plain = (on_the_card("half" if changes else mode, **changes) for _ in range(2))
+    plain._graphs = PassGraphs(Repeater)
+    # the same bits but for the attention's backward pass, which adds in any order
+    compare_steps(model, plain, RADII, 8 * torch.finfo(model.compute_dtype).eps)
+    assert model._graphs.hits == plain._graphs.hits >= 4
+    batch = spheres([0.4], 128, "cuda")
     first, second = model(batch), model(batch)
     with pytest.raises(RuntimeError, match="before the model's next forward pass"):
         first["sdf"].sum().backward()
@@ -255,18 +281,18 @@ def test_graphs_on_the_card(mode, cuda_device):
 def test_memory_of_graphs_does_not_creep(cuda_device):
     model = on_the_card("half")
     generator = torch.Generator().manual_seed(0)
+    batches = [spheres([0.3 + 0.12 * float(torch.rand(1, generator=generator))], 128, "cuda") for _ in range(20)]
     seen = []
-    for step in range(150):
-        radius = 0.3 + 0.12 * float(torch.rand(1, generator=generator))
-        out = model(spheres([radius], 128, "cuda"))
+    for step in range(160):
+        out = model(batches[step % 20])
         (out["sdf"].square().mean() + out["codebook_rows"].mean()).backward()
         model.zero_grad()
         model.quantizer.discard()
         del out
-        if step % 25 == 24:
+        if step % 20 == 19:
             torch.cuda.empty_cache()
             seen.append(torch.cuda.memory_reserved())
     graphs = model._graphs
     print("reserved", seen, "graphs", len(graphs._recordings), "hits", graphs.hits, "misses", graphs.misses)
-    assert graphs.hits > 60
-    assert seen[-1] <= 1.02 * seen[-3] + (8 << 20)
+    assert graphs.hits > 100
+    assert seen[-1] <= seen[-3]

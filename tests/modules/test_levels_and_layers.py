@@ -14,6 +14,7 @@ from trellis.modules.sparse import attention
 from trellis.modules.sparse.conv import reference
 from trellis.modules.sparse.levels import Topology, blocks_from_rows, build_pyramid
 from trellis.modules.sparse.norm import SparseGroupNorm
+from trellis.modules.sparse.plans import WindowPlan
 from trellis.modules.sparse.pool import children_of, first_stage, pool
 from trellis.modules.sparse.tensor import SparseTensor
 from trellis.modules.sparse.transformer import position_embedding
@@ -170,6 +171,16 @@ def test_attention_stays_inside_its_window(shift, monkeypatch):
     scores = torch.einsum("ihd,jhd->hij", q, k) / 8**0.5
     scores = scores.masked_fill(~same, float("-inf"))
     torch.testing.assert_close(out, torch.einsum("hij,jhd->ihd", scores.softmax(-1), v))
+
+
+def test_attention_with_empty_windows_at_the_end():
+    q, k, v = torch.randn(3, 7, 2, 4, dtype=torch.float64)
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+    longer = torch.cat([bounds, bounds[-1:], bounds[-1:]])
+    outputs = [
+        attention.padded_attention(q, k, v, WindowPlan(torch.arange(7), torch.arange(7), b, 4)) for b in (bounds, longer)
+    ]
+    assert torch.equal(*outputs)
 
 
 def test_attention_of_no_rows():

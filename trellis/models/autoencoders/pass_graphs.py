@@ -94,10 +94,15 @@ def filling_coords(count: int, sample: int, extent: int) -> Tensor | None:
 
 
 class Buffers:
-    """Named tensors at addresses that graphs may keep; shared by all graphs, grown for a larger one."""
+    """Named tensors at addresses that graphs may keep; shared by all graphs, grown for a larger one.
+
+    Attributes:
+        filled: {address: rows} that may hold something else than zero; of inputs that are masks, and of gradients.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self.filled: dict[int, int] = {}
 
     def rows(self, name: str, count: int, like: Tensor) -> Tensor:
         """[count, ...] with the dtype, device and further sizes of `like`. Graphs hold on to what was there before."""
@@ -106,8 +111,18 @@ class Buffers:
             like.dtype, like.device, like.shape[1:]
         )  # fmt: skip
         if not same or len(kept) < count:
-            kept = self._kept[name] = like.new_zeros(count + count // 4, *like.shape[1:])
+            room = count if not same else count + count // 4
+            kept = self._kept[name] = like.new_zeros(room, *like.shape[1:])
+            self.filled[kept.data_ptr()] = 0
         return kept[:count]
+
+    def clear_after(self, buffer: Tensor, rows: int) -> None:
+        """Zeros after the first rows of a buffer, which were just written."""
+        filled = self.filled[buffer.data_ptr()]
+        if rows < filled:
+            buffer[rows:].zero_()
+        if filled <= len(buffer):  # else a graph that looks further still finds something there
+            self.filled[buffer.data_ptr()] = rows
 
 
 @dataclass
@@ -143,17 +158,18 @@ class CudaRecorder:
         self._keeper: Any = None
 
     def rehearse(self, function: Callable[[], None]) -> int:
-        """Run once unrecorded, which compiles kernels and makes handles; returns the bytes that it took."""
+        """Run once unrecorded, which compiles kernels and makes handles; returns the bytes that it took.
+
+        PyTorch's peak of allocated memory starts anew here; what an earlier, larger pass took is forgotten.
+        """
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             function()
         torch.cuda.synchronize()
-        took = torch.cuda.memory_reserved() - before
-        torch.cuda.empty_cache()
-        return took
+        return torch.cuda.max_memory_allocated() - before
 
     def reserve(self, size: int) -> bool:
         """One free segment of `size` bytes for the recordings to come; False where the card has no room.
@@ -171,7 +187,6 @@ class CudaRecorder:
             torch.empty(size, dtype=torch.uint8, device="cuda")[:1].zero_()
 
         self._keeper = self._capture(fill)
-        self.bytes = size
         return True
 
     def release(self) -> None:
@@ -181,10 +196,13 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         # other threads (data loading, NCCL's) may go on calling CUDA
         with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
             function()
+        self.bytes += torch.cuda.memory_reserved() - before  # the segment, or what did not fit into it
         return graph
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -302,7 +320,7 @@ class PassGraphs:
         for name, buffer in recording.inputs.items():
             buffer[:blocks].copy_(inputs[name])
             if buffer.dtype == torch.bool:
-                buffer[blocks:].zero_()
+                self._buffers.clear_after(buffer, blocks)
         recording.inputs["coords"][blocks:].copy_(recording.filling[: recording.size.blocks - blocks])
 
     def _filling(self, samples: int, extent: int, device: torch.device) -> Tensor | None:
@@ -426,11 +444,9 @@ class _Replay(torch.autograd.Function):
             if name not in recording.gradients:
                 continue
             buffer = recording.gradients[name]
-            if grad is None:
-                buffer.zero_()
-            else:
+            if grad is not None:
                 buffer[:blocks].copy_(grad)
-                buffer[blocks:].zero_()
+            graphs._buffers.clear_after(buffer, 0 if grad is None else blocks)
         recording.backward()
         out: list[Tensor | None] = [None] * len(ctx.like)
         for flat, _, numbers in graphs._gradients:

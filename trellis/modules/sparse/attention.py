@@ -86,6 +86,8 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tenso
     pieces: list[Tensor] = []
     positions: list[Tensor] = []
     for length in torch.unique(padded).tolist():
+        if length == 0:  # a plan that bounds the number of windows ends with empty ones
+            continue
         windows = torch.nonzero(padded == length)[:, 0]
         for group in windows.split(max(1, MAX_PADDED_ROWS // length)):
             step = torch.arange(length, device=q.device)
