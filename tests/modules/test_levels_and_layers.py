@@ -177,10 +177,9 @@ def test_attention_with_empty_windows_at_the_end():
     q, k, v = torch.randn(3, 7, 2, 4, dtype=torch.float64)
     bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
     longer = torch.cat([bounds, bounds[-1:], bounds[-1:]])
-    outputs = [
-        attention.padded_attention(q, k, v, WindowPlan(torch.arange(7), torch.arange(7), b, 4)) for b in (bounds, longer)
-    ]
-    assert torch.equal(*outputs)
+    rows = torch.arange(7)
+    plans = (WindowPlan(rows, rows, b, 4) for b in (bounds, longer))
+    assert torch.equal(*(attention.padded_attention(q, k, v, plan) for plan in plans))
 
 
 def test_attention_of_no_rows():
