@@ -121,6 +121,32 @@ def test_unused_codes_move_to_data_with_their_averages(use_ema_update):
     assert (quantizer.commit(4).counts > 0).sum() > 3
 
 
+def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(monkeypatch):
+    """Two ranks hold each their first rows; the codes get those that one rank with the joint batch would give them."""
+    monkeypatch.setattr(quantizers, "MAX_POOL_ROWS", 8)
+    first, second = torch.randn(8, 2), torch.randn(5, 2)
+    books = []
+    for own, others in ((torch.cat([first, second]), None), (first, second)):
+        joint = (lambda rows: rows) if others is None else (lambda rows: torch.cat([rows, second]))
+        monkeypatch.setattr(quantizers, "gather_rows", joint)
+        quantizer = VectorQuantizer(6, 2, reseed_after=1)
+        with torch.no_grad():
+            quantizer.codebook.copy_(torch.full((6, 2), 100.0))
+        quantizer(own)
+        counts, waiting = quantizer.reduce()
+        assert int(waiting) == 5 and int(counts.sum()) == len(own)
+        assert quantizer.commit(1).reseeded.numel() == 5
+        books.append(quantizer.codebook.detach()[1:].clone())
+    assert torch.equal(*books)
+
+
+def test_nothing_moves_where_it_was_found_needless():
+    quantizer = VectorQuantizer(4, 2, reseed_after=5)
+    quantizer(torch.randn(9, 2))
+    assert int(quantizer.reduce()[1]) == 0
+    assert quantizer.commit(1, reseed=False).reseeded.numel() == 0 and quantizer.unused_steps.max() <= 1
+
+
 def test_kmeans_finds_separated_clusters_and_uses_every_code():
     torch.manual_seed(0)
     centres = torch.tensor([[0.0, 0], [50, 0], [0, 50], [50, 50]])

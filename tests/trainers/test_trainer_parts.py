@@ -15,7 +15,7 @@ from trellis.config import InputError, Named
 from trellis.trainers.ema import EMA, warm_rate
 from trellis.trainers.grad_clip import AdaptiveGradClipper, build_grad_clipper
 from trellis.trainers.loader import split_and_collate
-from trellis.trainers.optim import build_optimizer, build_scheduler
+from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer
 from trellis.trainers.precision import INITIAL_LOG_SCALE, Precision, mode_on_device
 from trellis.trainers.random_state import random_state, set_random_state
 from trellis.trainers.sampler import ResumableSampler
@@ -140,6 +140,22 @@ def test_codebook_has_no_weight_decay():
     optimizer.step()
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     assert parameters["a"].max() < 0.96 and parameters["quantizer.codebook"].min() == 1
+
+
+def test_a_saved_optimizer_is_updated_as_this_device_does():
+    """A state saved with another way of computing the update goes on with this one's, to the same weights."""
+    weights = {}
+    for fused in (False, True):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 7))
+        saved = build_optimizer(Named("AdamW", {"lr": 0.1}), {"a": parameter}, [])
+        parameter.grad = torch.linspace(2, -3, 7)
+        saved.step()
+        optimizer = build_optimizer(Named("AdamW", {"lr": 0.1, "fused": fused}), {"a": parameter}, [])
+        load_optimizer(optimizer, saved.state_dict())
+        assert optimizer.param_groups[0]["fused"] is fused
+        optimizer.step()
+        weights[fused] = parameter.detach().clone()
+    torch.testing.assert_close(weights[True], weights[False])
 
 
 @pytest.mark.parametrize(

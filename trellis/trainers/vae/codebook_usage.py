@@ -49,7 +49,8 @@ class CodebookUsage:
         reachable = min(codes, rows)
         low = reachable > 2 and value < max(2.0, COLLAPSE_SHARE * reachable)
         self.low_epochs = self.low_epochs + 1 if low else 0
-        if self.low_epochs >= COLLAPSE_EPOCHS:
+        # Again after twice as many epochs, not after each: the epochs of small datasets are a few steps.
+        if self.low_epochs >= COLLAPSE_EPOCHS and self.low_epochs & (self.low_epochs - 1) == 0:
             bar = "!" * 100
             logger.warning(
                 "\n%s\nCODEBOOK COLLAPSE: perplexity %.1f with %d codes, %d epochs in a row; %d rows used %d codes.\n"
