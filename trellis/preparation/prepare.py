@@ -228,10 +228,12 @@ def _run(
 def _with_progress(
     run: Runner, function: Any, tasks: list[Any], lost: Any, title: str, progress: bool
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    with progress_bar(title, len(tasks), shown=progress) as advance:
+    # the time for an SDF grows about linearly with its resolution
+    weights = [task.resolution if isinstance(task, SDFTask) else 1 for task in tasks]
+    with progress_bar(title, weights, shown=progress) as advance:
         for task, record in run(function, tasks, lost):
             failed = len(record.get("failures", [])) + bool(record.get("failure"))
-            advance(failed)
+            advance(failed, task.resolution if isinstance(task, SDFTask) else 1)
             yield task, record
 
 
