@@ -1,6 +1,6 @@
 """Tiles of the convolution kernels on the network's own grids: the measurements behind `triton_tiles.TUNED`.
 
-python benchmarks/sweep_tiles.py [--resolution 512] [--dtype float16] [--only gemm] [--json FILE]
+python benchmarks/sweep_tiles.py [--resolution 512] [--dtype float16] [--only gemm] [--table] [--json FILE]
 python benchmarks/sweep_tiles.py --compile I/N      # only compile every N-th candidate from the I-th on, into the cache
 
 Prints for each launch of a training step the candidates' median milliseconds, the fastest first, and the tile of the
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--only", default="", help="launches whose name contains this")
     parser.add_argument("--compile", metavar="I/N")
+    parser.add_argument("--table", action="store_true", help="only the table's own tiles")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -153,7 +154,7 @@ def main() -> None:
         if args.only not in name:
             continue
         found = []
-        for tile in tiles:
+        for tile in [base] if args.table else tiles:
             place += 1
             if args.compile and place % number != share:
                 continue

@@ -15,13 +15,17 @@ from trellis.modules.sparse.conv.triton_gather import gather
 from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, gemm_tile
 from trellis.modules.sparse.kernels.support import cdiv, dot_precision
 
+COPIED = 128 * 128
+"""Channels in times out from which transposing the weights first is faster than reading them transposed."""
+
 
 @triton.jit(do_not_specialize=["count", "first_child"])
 def gather_gemm_kernel(
     feats, weights, bias, out, gate, table, count, first_child,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
-    GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_GATE: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr,
+    MIRRORED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     TILES_N: tl.constexpr = (C_OUT + BN - 1) // BN
     STEPS: tl.constexpr = (C_IN + BK - 1) // BK
@@ -45,10 +49,9 @@ def gather_gemm_kernel(
         channels = (k % STEPS) * BK + tl.arange(0, BK)
         a = gather(feats, table, count, rows, live, tap, channels, child, C_IN, MODE, GROUP, BK, CACHE)
         of_tap = stack + tap
-        if GRADIENT:
-            # the weights of the forward pass, [tap, C_OUT, C_IN] in this kernel's terms
-            if MODE == 0:
-                of_tap = 26 - tap
+        if MIRRORED:
+            of_tap = 26 - tap
+        if TRANSPOSED:
             pointers = weights + (of_tap * C_OUT + columns[None, :]) * C_IN + channels[:, None]
         else:
             pointers = weights + (of_tap * C_IN + channels[:, None]) * C_OUT + columns[None, :]
@@ -101,7 +104,10 @@ def gather_gemm(
     """
     count = table.shape[1]
     c_in, c_out = weights.shape[-2:]
+    transposed = gradient and c_in * c_out < COPIED
     if gradient:
+        if not transposed:
+            weights = weights.transpose(-1, -2).contiguous()
         c_in, c_out = c_out, c_in
     if out is None:
         out = torch.empty(count * group if mode == CHILDREN else count, c_out, dtype=feats.dtype, device=feats.device)
@@ -112,7 +118,8 @@ def gather_gemm(
     gather_gemm_kernel[(programs,)](
         feats, weights, weights if bias is None else bias, out, out if gate is None else gate, table, count,
         first_child, C_IN=c_in, C_OUT=c_out, TAPS=(27, 8, 8 * group)[mode], MODE=mode, GROUP=group,
-        GRADIENT=gradient, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, HAS_GATE=gate is not None,
+        MIRRORED=gradient and mode == PLAIN, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
+        ACCUMULATE=accumulate, HAS_GATE=gate is not None,
         PRECISION=dot_precision(feats.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth, CACHE=tile.cache,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

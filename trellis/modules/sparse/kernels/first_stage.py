@@ -11,36 +11,42 @@ from trellis.modules.sparse.kernels.reduce import plan_tiles, sum_moments, sum_t
 from trellis.modules.sparse.kernels.support import power_of_2
 from trellis.modules.sparse.levels import Grid
 
-BLOCK_TILE = 64
-"""Blocks of 512 values that a program of the statistics reads, one after the other."""
-TILE_ROWS = 512
-STEP_ELEMENTS = 1024
+BLOCK_TILE, BLOCKS = 32, 8
+"""Blocks of 512 values that a program of the statistics reads, and how many of them at a time."""
+TILE_ROWS = 256
+STEP_ELEMENTS, BACKWARD_ELEMENTS = 1024, 512
+"""Elements that a program holds at a time."""
 
 
 @triton.jit
-def value_moments_kernel(values, exists, spans, counts, means, squares, CELLS: tl.constexpr):
+def value_moments_kernel(values, exists, spans, counts, means, squares, CELLS: tl.constexpr, BB: tl.constexpr):
     """Count, mean and centred second moment of the values that exist in a tile of one sample's blocks."""
     tile = tl.program_id(0).to(tl.int64)
     begin = tl.load(spans + tile * 3 + 1)
     end = tl.load(spans + tile * 3 + 2)
-    count = tl.zeros([CELLS], tl.float32)
-    plain = tl.zeros([CELLS], tl.float32)
-    for block in range(begin, end):
-        place = block * CELLS + tl.arange(0, CELLS)
-        ok = tl.load(exists + place) != 0
+    cell = tl.arange(0, CELLS)
+    count = tl.zeros([BB, CELLS], tl.float32)
+    plain = tl.zeros([BB, CELLS], tl.float32)
+    for first in range(begin, end, BB):
+        block = first + tl.arange(0, BB)
+        live = (block < end)[:, None]
+        place = block[:, None] * CELLS + cell[None, :]
+        ok = live & (tl.load(exists + place, mask=live, other=0) != 0)
         count += tl.where(ok, 1.0, 0.0)
-        plain += tl.where(ok, tl.load(values + place).to(tl.float32), 0.0)
-    n = tl.sum(count, 0)
-    mean = tl.sum(plain, 0) / tl.maximum(n, 1.0)
-    square = tl.zeros([CELLS], tl.float32)
-    for block in range(begin, end):
-        place = block * CELLS + tl.arange(0, CELLS)
-        ok = tl.load(exists + place) != 0
-        d = tl.where(ok, tl.load(values + place).to(tl.float32) - mean, 0.0)
+        plain += tl.load(values + place, mask=ok, other=0.0).to(tl.float32)
+    n = tl.sum(tl.sum(count, 1), 0)
+    mean = tl.sum(tl.sum(plain, 1), 0) / tl.maximum(n, 1.0)
+    square = tl.zeros([BB, CELLS], tl.float32)
+    for first in range(begin, end, BB):
+        block = first + tl.arange(0, BB)
+        live = (block < end)[:, None]
+        place = block[:, None] * CELLS + cell[None, :]
+        ok = live & (tl.load(exists + place, mask=live, other=0) != 0)
+        d = tl.where(ok, tl.load(values + place, mask=ok, other=0.0).to(tl.float32) - mean, 0.0)
         square += d * d
     tl.store(counts + tile, n)
     tl.store(means + tile, mean)
-    tl.store(squares + tile, tl.sum(square, 0))
+    tl.store(squares + tile, tl.sum(tl.sum(square, 1), 0))
 
 
 @triton.jit
@@ -108,7 +114,7 @@ def first_backward_kernel(
         by_shift = tl.zeros([RB, BC], tl.float32)
         n = tl.zeros([RB], tl.float32)
         plain = tl.zeros([RB], tl.float32)
-        for child in range(0, 8):
+        for child in tl.static_range(0, 8):
             ok = live & (tl.load(exists + slot + child, mask=live, other=0) != 0)
             s = tl.load(values + slot + child, mask=ok, other=0.0).to(tl.float32)
             y = s[:, None] * a + b
@@ -140,14 +146,14 @@ def value_moments(values: Tensor, exists: Tensor, block_starts: Tensor) -> tuple
     counts, means, squares = torch.empty(3, number, dtype=torch.float32, device=values.device).unbind(0)
     if number:
         exists = exists.view(torch.uint8)
-        value_moments_kernel[(number,)](values, exists, tiles.spans, counts, means, squares, CELLS=cells)
+        value_moments_kernel[(number,)](values, exists, tiles.spans, counts, means, squares, CELLS=cells, BB=BLOCKS)
     rows, mean, square = sum_moments(counts, means[:, None], squares[:, None], tiles.first)
     return mean[:, 0], square[:, 0] / rows.clamp_min(1)
 
 
-def _shape(channels: int) -> dict[str, int]:
+def _shape(channels: int, elements: int) -> dict[str, int]:
     wide = power_of_2(channels)
-    return {"C": channels, "BC": wide, "RB": max(4, min(TILE_ROWS, STEP_ELEMENTS // wide))}
+    return {"C": channels, "BC": wide, "RB": max(4, min(TILE_ROWS, elements // wide))}
 
 
 def first_forward(
@@ -163,7 +169,14 @@ def first_forward(
     tiles = coarse.row_tiles(TILE_ROWS)
     if tiles.spans.shape[0]:
         first_forward_kernel[(tiles.spans.shape[0],)](
-            values, exists.view(torch.uint8), coarse.slots, tiles.spans, *tables, out, pooled, **_shape(channels)
+            values,
+            exists.view(torch.uint8),
+            coarse.slots,
+            tiles.spans,
+            *tables,
+            out,
+            pooled,
+            **_shape(channels, STEP_ELEMENTS),
         )
     return out, pooled
 
@@ -187,7 +200,7 @@ def first_backward(
             grad,
             grad_pooled,
             sums,
-            **_shape(channels),
+            **_shape(channels, BACKWARD_ELEMENTS),
         )
     total = sum_tiles(sums, tiles.first).view(-1, 4, channels)
     return total[:, 0], total[:, 1], total[:, 2].sum(0), total[:, 3].sum(0)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from trellis.modules.sparse.kernels.support import cdiv, power_of_2
 
-ROWS, CODES, WARPS = 64, 128, 8
+ROWS, CODES = 128, 128
+PROGRAMS = 132
+"""Programs below which each takes fewer rows."""
 
 
 @triton.jit(do_not_specialize=["count", "codes"])
@@ -20,21 +22,21 @@ def nearest_kernel(
     channel = tl.arange(0, BL)
     live = (row < count)[:, None] & (channel < L)[None, :]
     x = tl.load(rows + row[:, None] * L + channel[None, :], mask=live, other=0.0)
-    best = tl.full([BM, BK], float("inf"), tl.float32)
-    place = tl.zeros([BM, BK], tl.int32)
+    best = tl.full([BM], float("inf"), tl.float32)
+    place = tl.zeros([BM], tl.int64)
     for start in range(0, codes, BK):
         code = start + tl.arange(0, BK)
         inside = (channel < L)[:, None] & (code < codes)[None, :]
         c = tl.load(codebook + code.to(tl.int64)[None, :] * L + channel[:, None], mask=inside, other=0.0)
         score = tl.load(half_norm + code, mask=code < codes, other=float("inf"))[None, :]
         score = score - tl.dot(x, c, input_precision="ieee")
-        better = score < best
-        best = tl.where(better, score, best)
-        place = tl.where(better, code[None, :], place)
-    least = tl.min(best, 1)
-    # the first of equal ones, as argmin takes
-    at = tl.min(tl.where(best == least[:, None], place, 2147483647), 1)
-    tl.store(out + row, at.to(tl.int64), mask=row < count)
+        least = tl.min(score, 1)
+        # the first of equal ones, as argmin takes
+        at = tl.min(tl.where(score == least[:, None], code[None, :], 2147483647), 1)
+        better = least < best
+        best = tl.where(better, least, best)
+        place = tl.where(better, at.to(tl.int64), place)
+    tl.store(out + row, place, mask=row < count)
 
 
 def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
@@ -43,8 +45,9 @@ def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
     out = torch.empty(count, dtype=torch.int64, device=rows.device)
     if count:
         half_norm = 0.5 * codebook.square().sum(1)
-        nearest_kernel[(cdiv(count, ROWS),)](
+        rows_each = ROWS if cdiv(count, ROWS) >= PROGRAMS else ROWS // 2
+        nearest_kernel[(cdiv(count, rows_each),)](
             rows.contiguous(), codebook.contiguous(), half_norm, out, count, codebook.shape[0],
-            L=width, BL=max(16, power_of_2(width)), BM=ROWS, BK=CODES, num_warps=WARPS,
+            L=width, BL=max(16, power_of_2(width)), BM=rows_each, BK=CODES, num_warps=rows_each // 16,
         )  # fmt: skip
     return out

@@ -24,7 +24,7 @@ PROGRAMS = 132 * 4
 """Programs below which tiles become smaller, so that small levels fill the card too."""
 CHANNELS = 64
 """Most channels of a program."""
-MOMENT_ELEMENTS, STEP_ELEMENTS = 4096, 2048
+MOMENT_ELEMENTS, STEP_ELEMENTS, POOLED_ELEMENTS = 4096, 1024, 2048
 """Elements that a program holds at a time: more loads in flight, but more registers."""
 
 
@@ -203,10 +203,11 @@ def norm_forward(
     pooled = torch.empty_like(out) if coarse is not None else None
     tiles = tiles_of(target, channels, TILE_ROWS if coarse is None else POOLED_ROWS)
     starts = tiles.spans if coarse is None else coarse.child_starts
+    shape = shape_of(channels, STEP_ELEMENTS if coarse is None else POOLED_ELEMENTS)
     if tiles.spans.shape[0]:
         forward_kernel[(tiles.spans.shape[0], chunks)](
             x, starts, tiles.spans, mean, scale, shift, out, out if pooled is None else pooled,
-            POOL=coarse is not None, SILU=silu, **shape_of(channels, STEP_ELEMENTS),
+            POOL=coarse is not None, SILU=silu, **shape,
         )  # fmt: skip
     return (out, pooled), (mean, rstd, scale, shift)
 
@@ -222,7 +223,7 @@ def norm_backward(
     tiles = tiles_of(target, channels, TILE_ROWS if coarse is None else POOLED_ROWS)
     number, chunks = tiles.spans.shape[0], cdiv(channels, CHANNELS)
     starts = tiles.spans if coarse is None else coarse.child_starts
-    shape = shape_of(channels, STEP_ELEMENTS)
+    shape = shape_of(channels, STEP_ELEMENTS if coarse is None else POOLED_ELEMENTS)
     partial = torch.empty(number, 2 * channels, dtype=torch.float32, device=x.device)
     # the rows that fill a padded level up have no parent: nobody else writes their gradient
     out = torch.zeros_like(x) if grid.padded and coarse is not None else torch.empty_like(x)
