@@ -35,10 +35,10 @@ from trellis.utils.blocks import SparseSDFBlocks
 TO_WORLD = np.array([[80.0, 0, 0, 5], [0, 80, 0, -40], [0, 0, 80, 300], [0, 0, 0, 1]])
 
 
-def rounded(blocks: SparseSDFBlocks, seed: int) -> SparseSDFBlocks:
+def rounded(blocks: SparseSDFBlocks, seed: int, noise: float = 0.02) -> SparseSDFBlocks:
     """The field as a network would give it: not quite a distance."""
-    noise = np.random.default_rng(seed).normal(0, 0.02, blocks.block_sdf.shape)
-    values = np.clip(blocks.block_sdf + noise, -1, 1).astype(np.float16)
+    added = np.random.default_rng(seed).normal(0, noise, blocks.block_sdf.shape)
+    values = np.clip(blocks.block_sdf + added, -1, 1).astype(np.float16)
     return SparseSDFBlocks(blocks.block_index, values, blocks.to_world, blocks.resolution)
 
 
@@ -48,14 +48,23 @@ def some(blocks: SparseSDFBlocks, share: float, seed: int) -> SparseSDFBlocks:
     return SparseSDFBlocks(blocks.block_index[kept], blocks.block_sdf[kept], blocks.to_world, blocks.resolution)
 
 
+def turned(distance, angles):
+    """A distance function turned about z, then x."""
+    (cz, sz), (cx, sx) = ((np.cos(a), np.sin(a)) for a in angles)
+    turn = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return lambda p: distance(p @ turn.T)
+
+
 BALL = analytic_blocks(sphere((0.011, 0.02, -0.03), 0.3), 64, TO_WORLD)
 CASES = {
     "sphere": BALL,
     "torus": analytic_blocks(torus((0.001, 0.002, 0.003), 0.3, 0.12), 96),
     "capsule": analytic_blocks(capsule((-0.2, -0.13, -0.1), (0.2, 0.21, 0.17), 0.12), 64),
     "box": analytic_blocks(box((-0.02, 0.03, 0.01), (0.3, 0.2, 0.25)), 64, TO_WORLD),
+    "turned box": analytic_blocks(turned(box((-0.02, 0.03, 0.01), (0.3, 0.2, 0.25)), (0.4, 0.9)), 64, TO_WORLD),
     "mirrored": SparseSDFBlocks(BALL.block_index, BALL.block_sdf, TO_WORLD @ np.diag([-1.0, 1, 1, 1]), 64),
     "noisy": rounded(BALL, 0),
+    "noisy box": rounded(analytic_blocks(turned(box((0, 0, 0), (0.2, 0.2, 0.3)), (0.4, 0.9)), 64), 0, 0.002),
     "open band": some(rounded(BALL, 1), 0.7, 2),
     "one block": SparseSDFBlocks(np.array([[2, 1, 3]], dtype=np.int16), noise_blocks(4).block_sdf[:1], None, 32),
     **{f"noise {seed}": noise_blocks(seed) for seed in range(4)},

@@ -1,8 +1,7 @@
 """The surface of `isosurface.extract_mesh` made on the tensors' own device: the same vertices and triangles.
 
 Vertices are numbered by their keys (row of the block, voxel, axis) in ascending order, and triangles find theirs by
-binary search among the keys; so nothing but the blocks' values, the vertices and the triangles is held whole. The parts
-of the mesh around sharp features go to `sharp_features.sharpen` on the CPU and come back.
+binary search among the keys; so nothing but the blocks' values, the vertices and the triangles is held whole.
 """
 
 from __future__ import annotations
@@ -23,16 +22,12 @@ from trellis.geometry.isosurface import (
     MAX_CORRECTION_VOXELS,
 )
 from trellis.geometry.mc_table import CORNERS, EDGES, case_table
-from trellis.geometry.sharp_features import sharpen
+from trellis.geometry.sharp_features_torch import sharpen_tensors
 from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks
 
 _PAD = 11  # voxels -1..9 of a block along each axis
 _VOXELS = STORAGE_BLOCK**3
 _STRIDES = (_PAD * _PAD, _PAD, 1)
-_BENT_COSINE = 0.91
-"""Normals of one triangle that differ more than this are looked at by `sharpen`, whose own bounds are lower."""
-_RINGS = 3
-"""Steps around such triangles and vertices without a well-known normal that `sharpen` may move vertices in, or read."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,9 @@ def extract_mesh_tensors(
     edges = _crossed_edges(block_sdf, padded, rows, neighbours, band_voxels, sizes)
     faces, table_rows = _faces(rows, neighbours, len(padded.coords), edges, sizes)
     del padded, neighbours, rows
-    vertices, normals, faces = _sharpened(edges, faces, table_rows, sizes)
+    vertices, normals, faces = sharpen_tensors(
+        edges.vertices, edges.normals, edges.reliable, faces, table_rows, sizes.faces
+    )
     del edges, table_rows
     vertices = _balance_chords(vertices, normals, faces, sizes)
     vertices = (vertices + 0.5) / resolution - 0.5
@@ -355,58 +352,6 @@ def _faces(rows: Tensor, neighbours: Tensor, num_rows: int, edges: _Edges, sizes
     if not faces:
         return torch.zeros(0, 3, dtype=torch.int32, device=device), torch.zeros(0, dtype=torch.int16, device=device)
     return torch.cat(faces), torch.cat(table_rows)
-
-
-def _sharpened(edges: _Edges, faces: Tensor, table_rows: Tensor, sizes: ChunkSizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Vertices, normals and faces after `sharpen`, which gets the loops that it can change and the faces around.
-
-    It reads and changes only what lies within `_RINGS` steps of a vertex without a well-known normal, or of a triangle
-    with normals far apart.
-    """
-    device, vertices, normals = faces.device, edges.vertices, edges.normals
-    near = ~edges.reliable
-    for part in faces.split(sizes.faces):
-        normal = normals[part]
-        bent = (normal * normal.roll(-1, 1)).sum(2).amin(1) < _BENT_COSINE
-        near[part[bent].long().view(-1)] = True
-    if not bool(near.any()):
-        return vertices, normals, faces
-    for _ in range(_RINGS):
-        grown = near.clone()
-        for part in faces.split(sizes.faces):
-            grown[part[near[part].any(1)].long().view(-1)] = True
-        near = grown
-    # whole loops: a loop's triangles are consecutive
-    table = case_table()
-    loop_of = torch.from_numpy(table.loop_of_triangle).to(device)
-    loop_start = torch.from_numpy(table.loop_triangle).to(device)
-    loop_size = torch.bincount(loop_of)
-    chosen = torch.zeros(len(faces), dtype=torch.bool, device=device)
-    for start in range(0, len(faces), sizes.faces):
-        found = near[faces[start : start + sizes.faces]].any(1).nonzero()[:, 0] + start
-        loop = loop_of[table_rows[found].long()]
-        first = found - (table_rows[found] - loop_start[loop])
-        for k in range(int(loop_size.max())):
-            chosen[(first + k)[k < loop_size[loop]]] = True
-    part, rest = faces[chosen], faces[~chosen]
-    table_part = table_rows[chosen].cpu().numpy()
-    used = torch.zeros(len(vertices), dtype=torch.bool, device=device)
-    for some in part.split(sizes.faces):
-        used[some.long().view(-1)] = True
-    place = used.cumsum(0, dtype=torch.int32) - 1
-    local = torch.cat([place[some.long()].cpu() for some in part.split(sizes.faces)]).long().numpy()
-    del part, place, chosen, near
-    used = used.nonzero()[:, 0]
-    given = (vertices[used], normals[used], edges.reliable[used])
-    moved, turned, new_faces = sharpen(*(x.cpu().numpy() for x in given), local, table_part)
-    del given
-    count, old = len(used), len(vertices)
-    vertices = torch.cat([vertices, torch.from_numpy(moved[count:]).to(device)])
-    vertices[used] = torch.from_numpy(moved[:count]).to(device)
-    normals = torch.cat([normals, torch.from_numpy(turned[count:]).to(device)])
-    normals[used] = torch.from_numpy(turned[:count]).to(device)
-    name = torch.cat([used.int().cpu(), torch.arange(old, old + len(moved) - count, dtype=torch.int32)])
-    return vertices, normals, torch.cat([rest, name[torch.from_numpy(new_faces)].to(device)])
 
 
 def _balance_chords(vertices: Tensor, normals: Tensor, faces: Tensor, sizes: ChunkSizes) -> Tensor:

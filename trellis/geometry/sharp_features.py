@@ -11,7 +11,7 @@ import numpy as np
 
 from trellis.geometry.mc_table import case_table
 
-_SHARP_COSINE = 0.85
+SHARP_COSINE = 0.85
 """Normals of one cell differ by more than 32 degrees: a smooth surface needs a radius below 3 voxels for that."""
 _RANK_LIMIT = 0.1
 """Eigenvalues below this share of the largest are directions along the feature, where the planes say nothing."""
@@ -20,16 +20,16 @@ _MAX_OUTSIDE = 1.0
 _PULLS = (2e-3, 0.1, 0.3, 0.5)
 """Feature points go the first of these shares of the way to the middle of their loop with which no triangle of the fan
 folds over; never none of it, so that no two vertices come to lie together."""
-_FLAT_VOXELS = 0.02
-_PARALLEL_COSINE = 0.995
-_FLAT_NEIGHBOURS = 3
-"""The tangent plane of a vertex holds its neighbours to `_FLAT_VOXELS`, and so many of them have the same normal to 6
+FLAT_VOXELS = 0.02
+PARALLEL_COSINE = 0.995
+FLAT_NEIGHBOURS = 3
+"""The tangent plane of a vertex holds its neighbours to `FLAT_VOXELS`, and so many of them have the same normal to 6
 degrees: a flat side, as of a polyhedron, or a radius above 25. (Three vertices around one tip share one gradient.)"""
-_REACH_VOXELS = 0.25
+REACH_VOXELS = 0.25
 """A vertex moves at most so far along its grid edge to the plane of a flat side."""
-_BEND_COSINE = 0.9
+BEND_COSINE = 0.9
 """The surface turns by more than 26 degrees from a vertex on a flat side to the next one: there is an edge between."""
-_ROUNDS = 3
+ROUNDS = 3
 """Planes of flat sides are handed on so often; central differences at an edge's two ends reach two voxels far."""
 _EDGE_MARGIN = 1e-3
 """Vertices keep this distance (voxels) from voxel centres, as in `isosurface`."""
@@ -54,6 +54,13 @@ def sharpen(
         vertices, normals and faces; the normals of new vertices are zero.
     """
     vertices, normals, reliable = _extend_flat_sides(vertices, normals, reliable, faces)
+    return fill_sharp_loops(vertices, normals, reliable, faces, table_rows)
+
+
+def fill_sharp_loops(
+    vertices: np.ndarray, normals: np.ndarray, reliable: np.ndarray, faces: np.ndarray, table_rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `sharpen` does once flat sides reach their edges; it reads no other faces than those of sharp loops."""
     loops, first_rows = _sharp_loops(normals, reliable, faces, table_rows)
     if not len(loops):
         return vertices, normals, faces
@@ -91,7 +98,7 @@ def _sharp_loops(
         known = [reliable[part[:, k]] for k in range(3)]
         sharp = np.zeros(len(part), dtype=bool)
         for i, j in ((0, 1), (1, 2), (2, 0)):
-            sharp |= known[i] & known[j] & (np.einsum("ij,ij->i", normal[i], normal[j]) < _SHARP_COSINE)
+            sharp |= known[i] & known[j] & (np.einsum("ij,ij->i", normal[i], normal[j]) < SHARP_COSINE)
         found.append(np.flatnonzero(sharp) + start)
     rows = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
     loop = table.loop_of_triangle[table_rows[rows]]
@@ -119,25 +126,25 @@ def _extend_flat_sides(
         part = faces[start : start + _CHUNK_FACES]
         normal = normals[part]
         turn = np.einsum("fki,fki->fk", normal, np.roll(normal, -1, axis=1)).min(axis=1)
-        near[part[(turn < _BEND_COSINE) | ~reliable[part].all(axis=1)]] = True
+        near[part[(turn < BEND_COSINE) | ~reliable[part].all(axis=1)]] = True
     if not near.any():
         return vertices, normals, reliable
     # on a closed manifold mesh, each of the two directions of an edge is in one face
     links = faces[near[faces].any(axis=1)]
     links = np.concatenate([links[:, [0, 1]], links[:, [1, 2]], links[:, [2, 0]]])
     cosine = np.einsum("ij,ij->i", normals[links[:, 0]], normals[links[:, 1]])
-    same = (cosine > _SHARP_COSINE) & reliable[links[:, 0]] & reliable[links[:, 1]]
+    same = (cosine > SHARP_COSINE) & reliable[links[:, 0]] & reliable[links[:, 1]]
     one, two = links[same].T
-    parallel = cosine[same] > _PARALLEL_COSINE
+    parallel = cosine[same] > PARALLEL_COSINE
     height = np.einsum("ij,ij->i", vertices[two] - vertices[one], normals[one])
-    side = reliable & (np.bincount(one[parallel], minlength=len(vertices)) >= _FLAT_NEIGHBOURS)
-    side[one[np.abs(height) > _FLAT_VOXELS]] = False
+    side = reliable & (np.bincount(one[parallel], minlength=len(vertices)) >= FLAT_NEIGHBOURS)
+    side[one[np.abs(height) > FLAT_VOXELS]] = False
     plane = np.where(side, np.arange(len(vertices)), -1)  # the vertex whose tangent plane each one has
     vertices, normals, reliable = vertices.copy(), normals.copy(), reliable.copy()
     axis = np.abs(vertices - np.rint(vertices)).argmax(axis=1)  # of the grid edge
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         one, two = links[(plane[links[:, 0]] < 0) & (plane[links[:, 1]] >= 0)].T
-        bent = np.einsum("ij,ij->i", normals[one], normals[two]) < _BEND_COSINE
+        bent = np.einsum("ij,ij->i", normals[one], normals[two]) < BEND_COSINE
         unsure = ~reliable
         unsure[one[bent]] = True
         vertex, giver = one[unsure[one]], plane[two[unsure[one]]]
@@ -147,7 +154,7 @@ def _extend_flat_sides(
         move = np.where(slope == 0, np.inf, -height / np.where(slope == 0, 1, slope))
         here = vertices[vertex, axis[vertex]]
         low = np.floor(here)
-        fits = (np.abs(move) < _REACH_VOXELS) & (here + move > low) & (here + move < low + 1)
+        fits = (np.abs(move) < REACH_VOXELS) & (here + move > low) & (here + move < low + 1)
         vertex, giver, slope, here, low = vertex[fits], giver[fits], slope[fits], (here + move)[fits], low[fits]
         # Several planes: on a convex edge the surface is the innermost of them, on a concave one the outermost. Convex
         # is where the planes' own vertices lie below each other's planes.
