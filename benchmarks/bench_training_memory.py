@@ -39,6 +39,7 @@ def main() -> None:
         )
         trainer = build_trainer(options, Ranks(), device)
     trainer.model.train()
+    trainer.model.cuda_graphs = False  # passes as they are: recordings take memory of their own where there is room
     cost = trainer.objective.cost(trainer.precision.mode)
     samples = sorted((trainer.dataset[0, i] for i in range(len(trainer.dataset))), key=cost)
     results = {"date": date.today().isoformat(), **machine(), "overrides": args.overrides, "rows": []}

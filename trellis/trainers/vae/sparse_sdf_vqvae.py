@@ -53,25 +53,20 @@ def reconstruction_terms(
     Returns:
         loss, mean squared error inside the band, and outside it (0 where a shape has no such voxel), each [B].
     """
-    active, counted = batch["active"], batch["loss_blocks"]
+    active = batch["active"]
     error = predicted - batch["block_sdf"].to(predicted.dtype)
     value = POINTWISE[loss_type](error)
-    square = value.detach() if loss_type == "mse" else error.detach().square()
-    sizes = batch["blocks_per_sample"].tolist()
-
-    def per_shape(rows: Tensor) -> Tensor:
-        # One sum per shape rather than a scatter: the same bits on every run, on every device.
-        return torch.stack([part.sum() for part in torch.where(counted, rows, 0).split(sizes)])
-
-    in_band = per_shape(active.sum(1).to(predicted.dtype))
-    outside = per_shape((~active).sum(1).to(predicted.dtype))
-    weight = in_band + lambda_extra * outside
-    loss = (
-        per_shape((value * active).sum(1)) + lambda_extra * per_shape((value * ~active).sum(1))
-    ) / weight.clamp(min=torch.finfo(predicted.dtype).tiny)
-    mse_band = per_shape((square * active).sum(1)) / in_band.clamp(min=1)
-    mse_extra = per_shape((square * ~active).sum(1)) / outside.clamp(min=1)
-    return loss, mse_band, mse_extra
+    weighted = (value * torch.where(active, 1.0, lambda_extra).to(predicted.dtype)).sum(1)
+    with torch.no_grad():
+        square = value if loss_type == "mse" else error.square()
+        in_band = active.sum(1).to(predicted.dtype)
+        rows = [(square * active).sum(1), (square * ~active).sum(1), in_band, active.shape[1] - in_band]
+    columns = torch.where(batch["loss_blocks"][:, None], torch.stack([weighted, *rows], 1), 0)
+    # One sum per shape rather than a scatter: the same bits on every run, on every device.
+    sums = torch.stack([part.sum(0) for part in columns.split(batch["blocks_per_sample"].tolist())])
+    loss, band, extra, in_band, outside = sums.unbind(1)
+    weight = (in_band + lambda_extra * outside).clamp(min=torch.finfo(predicted.dtype).tiny)
+    return loss / weight, band / in_band.clamp(min=1), extra / outside.clamp(min=1)
 
 
 def mean_rows(rows: Tensor, batch: Batch) -> Tensor:
