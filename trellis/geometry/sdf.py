@@ -25,14 +25,20 @@ _BLOCK_CAP, _CELL_CAP = 384, 96
 
 @dataclass
 class StageTimes:
-    """Seconds of CPU time and of wall time by stage, filled by `mesh_to_sparse_sdf` when given one."""
+    """Seconds of CPU time and of wall time by stage, filled by `mesh_to_sparse_sdf` when given one.
 
+    With a CUDA `device`, each stage waits for the device's work, so that the time is booked where it is spent.
+    """
+
+    device: str = "cpu"
     cpu: dict[str, float] = field(default_factory=dict)
     wall: dict[str, float] = field(default_factory=dict)
     _last: tuple[float, float] = field(default_factory=lambda: (time.process_time(), time.perf_counter()))
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under `name`."""
+        if self.device != "cpu":
+            get_warp().synchronize_device(self.device)
         now = (time.process_time(), time.perf_counter())
         self.cpu[name] = self.cpu.get(name, 0.0) + now[0] - self._last[0]
         self.wall[name] = self.wall.get(name, 0.0) + now[1] - self._last[1]
@@ -137,7 +143,8 @@ def _check_winding(signs: object) -> None:
     if signs.overlap_share > _MAX_SHARE:
         logger.warning(
             "the surface overlaps itself in %.1f%% of its inside (winding number above 1): signs are right, distances "
-            "there are to inner faces", 100 * signs.overlap_share
+            "there are to inner faces",
+            100 * signs.overlap_share,
         )
 
 
@@ -182,7 +189,9 @@ class _WindingSigns:
 
         inside = self.wp.zeros((blocks.shape[0], 64), dtype=self.wp.uint8, device=self.surface.device)
         self.wp.launch(
-            kernels.block_signs_by_winding, inside.shape, [self.surface.mesh.id, blocks, inside],
+            kernels.block_signs_by_winding,
+            inside.shape,
+            [self.surface.mesh.id, blocks, inside],
             device=self.surface.device,
         )
         return inside
@@ -204,8 +213,10 @@ def _refine(wp: ModuleType, surface: _Surface, resolution: int, band: int) -> np
             on_device = wp.array(cells, dtype=wp.int32, device=surface.device)
             near = wp.empty(len(cells), dtype=wp.uint8, device=surface.device)
             wp.launch(
-                kernels.cells_near_surface, len(cells),
-                [surface.mesh.id, on_device, span, reach, near], device=surface.device,
+                kernels.cells_near_surface,
+                len(cells),
+                [surface.mesh.id, on_device, span, reach, near],
+                device=surface.device,
             )
             cells = cells[near.numpy() != 0]
         if side == 1 or len(cells) == 0:
@@ -240,28 +251,45 @@ def _fill_blocks(
         inside = signs.sign_blocks(blocks)
         times.lap("signs")
         wp.launch(
-            kernels.list_block_triangles, n,
+            kernels.list_block_triangles,
+            n,
             [mesh, tri, blocks, float(band), block_radius, surface.margin, block_lists, block_counts],
             device=device,
         )
         times.lap("block lists")
         wp.launch(
-            kernels.list_cell_triangles, n * 8,
-            [mesh, tri, blocks, float(band), cell_radius, surface.margin,
-             block_lists, block_counts, lists, away, counts, bounds],
+            kernels.list_cell_triangles,
+            n * 8,
+            [
+                mesh,
+                tri,
+                blocks,
+                float(band),
+                cell_radius,
+                surface.margin,
+                block_lists,
+                block_counts,
+                lists,
+                away,
+                counts,
+                bounds,
+            ],
             device=device,
         )
         times.lap("cell lists")
         wp.launch(
-            kernels.voxel_values_from_lists, (n, STORAGE_BLOCK**3),
-            [tri, blocks, wp.float64(band), lists, away, counts, inside, values, active], device=device,
+            kernels.voxel_values_from_lists,
+            (n, STORAGE_BLOCK**3),
+            [tri, blocks, wp.float64(band), lists, away, counts, inside, values, active],
+            device=device,
         )
         times.lap("distances")
         overflow = np.flatnonzero(counts.numpy()[: n * 8] < 0).astype(np.int32)
         if len(overflow):
             rows = wp.array(overflow, dtype=wp.int32, device=device)
             wp.launch(
-                kernels.voxel_values_from_bvh, (len(overflow), 16),
+                kernels.voxel_values_from_bvh,
+                (len(overflow), 16),
                 [mesh, tri, blocks, rows, wp.float64(band), surface.margin, bounds, inside, values, active],
                 device=device,
             )
