@@ -92,7 +92,7 @@ def test_the_same_mesh_as_numpy(name):
     assert name.startswith(("noise", "one", "open")) or signed_volume(*got) > 0
 
 
-@pytest.mark.parametrize("sizes", [ChunkSizes(1, 7), ChunkSizes(5, 300)])
+@pytest.mark.parametrize("sizes", [ChunkSizes(3, 70), ChunkSizes(11, 900)])
 def test_chunks_change_nothing(sizes):
     blocks = CASES["open band"]
     given = (torch.from_numpy(blocks.block_index), torch.from_numpy(blocks.block_sdf))
