@@ -1,6 +1,6 @@
 """Quality of surfaces made from a label volume: Dice and volume when voxelised again, smoothness, signed distance.
 
-    python benchmarks/bench_label_surfaces.py VOLUME... [--reach 0.499] [--iterations 40] [--json OUT]
+python benchmarks/bench_label_surfaces.py VOLUME... [--reach 0.499] [--iterations 30] [--json OUT]
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trellis.geometry.label_surfaces import SMOOTHING_ITERATIONS, SMOOTHING_REACH_VOXELS
 from trellis.geometry.volume import LabelVolume, label_surfaces, read_volume
+from trellis.utils.mesh_repair import count_self_intersections
 
 
 def voxelise(points: np.ndarray, faces: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -48,8 +50,11 @@ def voxelise(points: np.ndarray, faces: np.ndarray, shape: tuple[int, ...]) -> n
     return np.cumsum(crossings, axis=2)[..., :-1] > 0
 
 
-def neighbour_angles_deg(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Angle between the normals of the two faces at each edge that has two, in degrees."""
+def neighbour_angles_deg(points: np.ndarray, faces: np.ndarray, skip: np.ndarray | None = None) -> np.ndarray:
+    """Angle between the normals of the two faces at each edge that has two, in degrees.
+
+    Edges between two vertices of `skip` ([V] bool) are left out.
+    """
     a, b, c = np.moveaxis(points[faces], 1, 0)
     normals = np.cross(b - a, c - a)
     length = np.linalg.norm(normals, axis=1, keepdims=True)
@@ -60,8 +65,27 @@ def neighbour_angles_deg(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
     _, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
     order = np.argsort(inverse, kind="stable")
     order = order[count[inverse[order]] == 2].reshape(-1, 2)
+    if skip is not None:
+        order = order[~skip[edges[order[:, 0]]].all(axis=1)]
     cosine = np.einsum("ij,ij->i", normals[face[order[:, 0]]], normals[face[order[:, 1]]])
     return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+
+
+def junction_vertices(surfaces: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, np.ndarray]:
+    """Per label [V] bool: vertices of edges where more than two different triangles of all labels meet."""
+    everything = np.concatenate([points for points, _ in surfaces.values()])
+    _, same = np.unique(everything, axis=0, return_inverse=True)
+    same = same.reshape(-1)
+    starts = np.cumsum([0] + [len(points) for points, _ in surfaces.values()])
+    faces = np.concatenate([same[f + start] for (_, f), start in zip(surfaces.values(), starts)])
+    faces = np.unique(np.sort(faces, axis=1), axis=0)
+    edges, uses = np.unique(
+        np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [0, 2]]]), axis=0, return_counts=True
+    )
+    marked = np.zeros(len(everything), dtype=bool)
+    marked[edges[uses > 2]] = True
+    marked = marked[same]
+    return {label: marked[start:end] for label, start, end in zip(surfaces, starts, starts[1:])}
 
 
 def signed_distance_to_voxels(points: np.ndarray, faces: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -82,13 +106,16 @@ def signed_distance_to_voxels(points: np.ndarray, faces: np.ndarray, mask: np.nd
     return np.where(inside, -best, best)
 
 
-def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 40) -> dict:
+def measure(
+    volume: LabelVolume, *, reach: float = SMOOTHING_REACH_VOXELS, iterations: int = SMOOTHING_ITERATIONS
+) -> dict:
     """Figures over all labels of a volume; everything in index space, so that voxels are unit cubes."""
     plain = LabelVolume(volume.data, np.eye(4))
     start = time.process_time()
     surfaces = label_surfaces(plain, smoothing_reach_voxels=reach, smoothing_iterations=iterations)
     seconds = time.process_time() - start
-    dice, volume_error, angles, signed, faces_total = [], [], [], [], 0
+    dice, volume_error, angles, smooth_angles, signed, faces_total, cut = [], [], [], [], [], 0, 0
+    junctions = junction_vertices(surfaces)
     for label, (points, faces) in surfaces.items():
         mask = volume.data == label
         low = np.array([np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {i})))[0] for i in range(3)]) - 2
@@ -102,9 +129,12 @@ def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 40) 
         a, b, c = np.moveaxis(local[faces], 1, 0)
         volume_error.append(np.einsum("ij,ij->", a, np.cross(b, c)) / 6 / np.count_nonzero(mask) - 1)
         angles.append(neighbour_angles_deg(points, faces))
+        smooth_angles.append(neighbour_angles_deg(points, faces, junctions[label]))
+        cut += count_self_intersections(points, faces)
         signed.append(float(np.median(signed_distance_to_voxels(local, faces, mask))))
         faces_total += len(faces)
     angle95 = [float(np.percentile(a, 95)) for a in angles]
+    smooth95 = [float(np.percentile(a, 95)) for a in smooth_angles]
     return {
         "labels": len(surfaces),
         "reach_voxels": reach,
@@ -117,7 +147,11 @@ def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 40) 
         "angle_p95_deg_all_faces": float(np.percentile(np.concatenate(angles), 95)),
         "angle_p95_deg_median": float(np.median(angle95)),
         "angle_p95_deg_worst": max(angle95),
-        "labels_above_32_deg": {k: round(a, 1) for k, a in zip(surfaces, angle95) if a > 32},
+        "angle_p95_deg_off_junctions_median": float(np.median(smooth95)),
+        "angle_p95_deg_off_junctions_worst": max(smooth95),
+        "edges_on_junctions": 1 - sum(map(len, smooth_angles)) / sum(map(len, angles)),
+        "self_intersecting_faces": cut,
+        "labels_above_32_deg": sum(a > 32 for a in angle95),
         "signed_distance_median_voxels": float(np.median(signed)),
         "signed_distance_worst_voxels": float(np.max(np.abs(signed))),
     }
@@ -126,8 +160,8 @@ def measure(volume: LabelVolume, *, reach: float = 0.499, iterations: int = 40) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("volume", type=Path, nargs="+")
-    parser.add_argument("--reach", type=float, nargs="+", default=[0.499])
-    parser.add_argument("--iterations", type=int, nargs="+", default=[40])
+    parser.add_argument("--reach", type=float, nargs="+", default=[SMOOTHING_REACH_VOXELS])
+    parser.add_argument("--iterations", type=int, nargs="+", default=[SMOOTHING_ITERATIONS])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []

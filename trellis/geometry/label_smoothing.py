@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 SHRINKAGE_AVERAGES = 60
 """Rounds of averaging over neighbours that tell shrinkage of a whole neighbourhood from the smoothing of stairs."""
 ALLOWED_SHRINKAGE_VOXELS = 0.1
-"""What a neighbourhood may move as a whole; more is taken back. A single voxel keeps two thirds of its volume."""
+"""What a neighbourhood may move as a whole; more is taken back, and what is left over by `label_volumes`."""
 
 
-def fair_positions(
-    points: np.ndarray, quads: np.ndarray, sides: np.ndarray, *, iterations: int, reach: float
+class Sheets(NamedTuple):
+    """How the vertices of a SurfaceNets mesh hang together.
+
+    Attributes:
+        laplacian: the umbrella Laplacian (identity minus mean of neighbours) as CSR [V, V] float32. Rows of vertices on
+            a junction see their neighbours along the junction only.
+        transposed: its transpose, CSR. junction: [V] bool, vertices on an edge of more than two quads.
+        corners: CSR [Q, V] float32, 1 at the four vertices of a quad.
+    """
+
+    laplacian: Any
+    transposed: Any
+    junction: np.ndarray
+    corners: Any
+
+
+def fair_displacements(
+    points: np.ndarray, quads: np.ndarray, sides: np.ndarray, sheets: Sheets, *, iterations: int, reach: float
 ) -> np.ndarray:
-    """Vertices moved inside their cells to the smallest bending energy.
+    """Where vertices move inside their cells for the smallest bending energy.
 
     Minimises the sum of |L x|^2 (thin plate, umbrella Laplacian L) and then of |L x|^3, by reweighting, subject to
     |x - cell centre| <= reach along each axis, by accelerated projected gradient (Beck and Teboulle 2009, with the
@@ -29,14 +47,14 @@ def fair_positions(
 
     Args:
         points: [V, 3] float64, cell centres in voxel index space; quads: [Q, 4] int64; sides: [Q, 2] int64, the labels
-            on both sides of a quad.
-        iterations: gradient steps, and two thirds as many again after reweighting; 40 are close to the minimum.
+            on both sides of a quad; sheets: from `sheets_of`.
+        iterations: gradient steps, and two thirds as many again after reweighting; 30 are close to the minimum.
         reach: half the side of a vertex's box in voxels; below 0.5 no voxel centre changes sides.
 
     Returns:
-        [V, 3] float64.
+        [V, 3] float32, displacements from `points`.
     """
-    laplacian, transposed, junction = _sheet_laplacian(quads, len(points))
+    laplacian, transposed, junction, _ = sheets
     # offsets from the cell centres, and their Laplacian by itself: float32 has digits to spare in a volume of any size
     of_centres = laplacian @ points.astype(np.float32)
     step = 1 / (1.15 * _largest_eigenvalue(laplacian, transposed))
@@ -55,12 +73,11 @@ def fair_positions(
         bending = np.linalg.norm(laplacian @ x + of_centres, axis=1, keepdims=True)
         typical = np.sqrt(np.mean(bending**2, dtype=np.float64)) + 1e-12
         weight = np.clip(bending / np.float32(typical), 0.3, 3)  # |L x|^3 in the second round: sharp bends count more
-    x = np.clip(x - _shrinkage(x, points, quads, sides, laplacian, junction), -reach, reach)
-    return points + x
+    return np.clip(x - _shrinkage(x, points, quads, sides, laplacian, junction), -reach, reach)
 
 
 def _shrinkage(
-    moved: np.ndarray, points: np.ndarray, quads: np.ndarray, sides: np.ndarray, laplacian: object, junction: np.ndarray
+    moved: np.ndarray, points: np.ndarray, quads: np.ndarray, sides: np.ndarray, laplacian: Any, junction: np.ndarray
 ) -> np.ndarray:
     """What to take back of displacements `moved` [V, 3]: their local mean along the stairs' normals, so far as it is
     above ALLOWED_SHRINKAGE_VOXELS; [V, 3] float32."""
@@ -78,16 +95,14 @@ def _shrinkage(
     sums = np.concatenate([np.einsum("vi,vi->v", moved, at_vertex)[:, None], known], axis=1)
     for _ in range(SHRINKAGE_AVERAGES):
         # half the vertex, half the mean of its neighbours; vertices without a normal have no say
-        sums = known * (sums - 0.5 * (laplacian @ sums))  # type: ignore[operator]
+        sums = known * (sums - 0.5 * (laplacian @ sums))
     mean = sums[:, 0] / np.maximum(sums[:, 1], 1e-6)
     excess = np.sign(mean) * np.maximum(np.abs(mean) - ALLOWED_SHRINKAGE_VOXELS, 0)
     return excess[:, None] * at_vertex
 
 
-def _sheet_laplacian(quads: np.ndarray, count: int) -> tuple:
-    """The umbrella Laplacian (identity minus mean of neighbours) as CSR [V, V] float32, its transpose, and which
-    vertices lie on a junction ([V] bool); rows of those see their neighbours along the junction only.
-    """
+def sheets_of(quads: np.ndarray, count: int) -> Sheets:
+    """The neighbourhoods of `count` vertices of quads [Q, 4] int64."""
     from scipy import sparse
 
     sides = [(0, 1), (1, 2), (2, 3), (3, 0)]
@@ -115,77 +130,19 @@ def _sheet_laplacian(quads: np.ndarray, count: int) -> tuple:
         ),
         shape=(count, count),
     )
-    return laplacian, laplacian.T.tocsr(), junction
+    corners = sparse.csr_matrix(
+        (np.ones(quads.size, np.float32), quads.reshape(-1), np.arange(0, quads.size + 1, 4)),
+        shape=(len(quads), count),
+    )
+    return Sheets(laplacian, laplacian.T.tocsr(), junction, corners)
 
 
-def _largest_eigenvalue(laplacian: object, transposed: object) -> float:
+def _largest_eigenvalue(laplacian: Any, transposed: Any) -> float:
     """Of L^T L, by power iteration from a fixed start."""
-    vector = np.random.default_rng(0).standard_normal((laplacian.shape[1], 1)).astype(np.float32)  # type: ignore[attr-defined]
+    vector = np.random.default_rng(0).standard_normal((laplacian.shape[1], 1)).astype(np.float32)
     size = 1.0
     for _ in range(20):
         vector = transposed @ (laplacian @ vector)
         size = float(np.linalg.norm(vector))
         vector /= max(size, 1e-30)
     return max(size, 1e-6)
-
-
-def triangulate(points: np.ndarray, quads: np.ndarray, *, sweeps: int = 4) -> np.ndarray:
-    """Each quad cut along the diagonal that folds the surface least, its neighbours taken into account.
-
-    Args:
-        points: [V, 3] float64; quads: [Q, 4] int64.
-        sweeps: how often the choices are revised; in each, a fixed random half of the quads may change.
-
-    Returns:
-        [2 Q, 3] int64, the two triangles of a quad one after the other, oriented as the quad.
-    """
-    cuts = (((0, 1, 2), (0, 2, 3)), ((0, 1, 3), (1, 2, 3)))
-    beside = ((0, 0, 1, 1), (0, 1, 1, 0))  # which triangle of each cut holds the quad's side 0-1, 1-2, 2-3, 3-0
-    p = points.astype(np.float32)[quads]
-    p = p - p[:, :1]  # float32 normals need small numbers
-    normals = np.empty((len(quads), 2, 2, 3), dtype=np.float32)
-    for cut, triangles in enumerate(cuts):
-        for i, (a, b, c) in enumerate(triangles):
-            n = np.cross(p[:, b] - p[:, a], p[:, c] - p[:, a])
-            normals[:, cut, i] = n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-12)
-    at_side = np.stack([normals[:, cut, list(beside[cut])] for cut in (0, 1)], axis=1)  # [Q, cut, side, 3]
-    own_fold = _fold(normals[:, :, 0], normals[:, :, 1])
-    choice = own_fold[:, 1] < own_fold[:, 0]
-    quad, side = _neighbours(quads, len(points))
-    has_neighbour = quad >= 0
-    everyone = np.arange(len(quads))
-    random = np.random.default_rng(0)
-    for _ in range(sweeps):
-        current = at_side[everyone, choice.astype(np.int64)]
-        across = current[quad, side]
-        cost = [
-            own_fold[:, cut] + (_fold(at_side[:, cut], across) * has_neighbour).sum(axis=1) for cut in (0, 1)
-        ]
-        better = cost[1] < cost[0]
-        choice = np.where(random.random(len(quads)) < 0.5, better, choice)
-    table = np.array(cuts)[choice.astype(np.int64)]  # [Q, 2, 3]
-    return np.take_along_axis(quads, table.reshape(len(quads), 6), axis=1).reshape(-1, 3)
-
-
-def _fold(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cost of the angle between unit normals, growing as its fourth power: a few sharp edges are what is seen."""
-    return (1 - np.einsum("...i,...i->...", first, second)) ** 2
-
-
-def _neighbours(quads: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Across each side of each quad: the other quad [Q, 4] and its side [Q, 4]; -1 where there is not exactly one."""
-    n = len(quads)
-    a = np.concatenate([quads[:, i] for i in range(4)])
-    b = np.concatenate([quads[:, (i + 1) % 4] for i in range(4)])
-    keys = np.minimum(a, b) * count + np.maximum(a, b)
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    uses = np.diff(np.r_[first, len(ordered)])
-    pairs = first[uses == 2]
-    one, two = order[pairs], order[pairs + 1]
-    quad = np.full(4 * n, -1, dtype=np.int64)
-    side = np.full(4 * n, -1, dtype=np.int64)
-    quad[one], quad[two] = two % n, one % n
-    side[one], side[two] = two // n, one // n
-    return quad.reshape(4, n).T, side.reshape(4, n).T

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trellis.geometry.label_smoothing import fair_positions, triangulate
+from trellis.geometry.label_smoothing import fair_displacements, sheets_of
+from trellis.geometry.label_triangles import cut_quads, quad_centres, triangulate
+from trellis.geometry.label_volumes import components_beside, restore_volumes
 
 if TYPE_CHECKING:
     from trellis.geometry.volume import LabelVolume
 
-SMOOTHING_ITERATIONS = 40
+SMOOTHING_ITERATIONS = 30
 SMOOTHING_REACH_VOXELS = 0.499
 """How far a vertex may move from the centre of its cell along each axis; below 0.5 no voxel centre changes sides."""
 
@@ -65,10 +67,15 @@ def label_surfaces(
     compact, values = _compact(cropped)
     points, quads, sides = _surface_nets(compact, len(values))
     if smoothing_iterations and smoothing_reach_voxels:
-        points = fair_positions(
-            points, quads, sides, iterations=smoothing_iterations, reach=smoothing_reach_voxels
-        )
-    faces, sides = triangulate(points, quads), np.repeat(sides, 2, axis=0)
+        reach = smoothing_reach_voxels
+        sheets = sheets_of(quads, len(points))
+        moved = fair_displacements(points, quads, sides, sheets, iterations=smoothing_iterations, reach=reach)
+        beside, voxels = components_beside(compact, points, quads, sides)
+        moved = restore_volumes(moved, points, quads, beside, voxels, sheets, reach=reach)
+        centres = quad_centres(moved, points, quads, sheets, reach=reach)
+        points, faces, sides = triangulate(points + moved, quads, sides, sheets, centres)
+    else:
+        faces, sides = cut_quads(points, quads)[0].reshape(-1, 3), np.repeat(sides, 2, axis=0)
     world = (points + origin) @ volume.affine[:3, :3].T + volume.affine[:3, 3]
     mirrored = np.linalg.det(volume.affine[:3, :3]) < 0
     surfaces = _split_by_label(world, faces, sides, len(values), mirrored)
