@@ -232,6 +232,24 @@ def test_encode_decode_of_a_mesh(model_folder, mesh_file, tmp_path):
         np.testing.assert_allclose(boxes[file_format], boxes["stl"], atol=1e-3)
 
 
+def test_decode_within_a_memory_budget(model_folder, mesh_file, tmp_path):
+    from trellis.utils.mesh_utils import read_mesh
+
+    tokens = tmp_path / "tokens"
+    assert run("encode", model_folder, mesh_file, "-o", tokens, "--device", "cpu").exit_code == 0
+    decode = ("decode", model_folder, tokens, "--format", "ply", "--device", "cpu")
+    for folder, options in (("whole", ()), ("parts", ("--max-memory-gb", 0.5))):
+        result = run(*decode, "-o", tmp_path / folder, *options)
+        assert result.exit_code == 0, result.output
+    whole, parts = (read_mesh(next((tmp_path / folder).iterdir())) for folder in ("whole", "parts"))
+    # not vertex by vertex: a value next to 0 may round to the other side of it
+    assert abs(len(parts.faces) - len(whole.faces)) <= 0.001 * len(whole.faces)
+    np.testing.assert_allclose(parts.vertices.mean(axis=0), whole.vertices.mean(axis=0), atol=0.01)
+    small = run(*decode, "-o", tmp_path / "small", "--max-memory-gb", 0.01)
+    assert small.exit_code == 1 and "the least is 0." in small.output
+    assert run(*decode, "-o", tmp_path / "none", "--max-memory-gb", 0).exit_code == 2
+
+
 def test_encode_of_a_label_volume_and_back_onto_its_grid(model_folder, volume_file, tmp_path):
     import nibabel
 
