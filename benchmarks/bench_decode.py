@@ -37,8 +37,8 @@ from trellis.pipelines.tokenizer import SparseSDFTokenizer
 from trellis.utils.blocks import SparseSDFBlocks, c_to_morton_permutation
 
 NOTE = (
-    "The network has random weights: its values are timed, then replaced outside the clock by the sphere's exact distance "
-    "at the same blocks, on which surface and writing are timed."
+    "The network has random weights: its values are timed, then replaced outside the clock by the "
+    "sphere's exact distance at the same blocks, on which surface and writing are timed."
 )
 STAGES = ("read", "network", "surface", "write")
 
