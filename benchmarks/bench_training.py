@@ -130,7 +130,7 @@ def median_ms(records: list[dict[str, Any]], key: str) -> float | None:
 
 def held_tensors(trainer: Any) -> list[torch.Tensor]:
     """All that stays on the device between steps."""
-    kept = {id(t): t for t in [*trainer.model.state_dict().values(), *trainer.precision.weights().values()]}
+    kept = {t.data_ptr(): t for t in [*trainer.model.state_dict().values(), *trainer.precision.weights().values()]}
     tensors = [*kept.values(), trainer.precision.gradient]
     tensors += [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return tensors + [t for ema in trainer.ema.values() for t in ema.shadow.values()]

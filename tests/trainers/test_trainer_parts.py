@@ -16,7 +16,7 @@ from trellis.trainers.ema import EMA, warm_rate
 from trellis.trainers.grad_clip import AdaptiveGradClipper, build_grad_clipper
 from trellis.trainers.loader import split_and_collate
 from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer
-from trellis.trainers.precision import INITIAL_LOG_SCALE, Precision, mode_on_device
+from trellis.trainers.precision import ALIGNMENT, INITIAL_LOG_SCALE, Precision, mode_on_device
 from trellis.trainers.random_state import random_state, set_random_state
 from trellis.trainers.sampler import ResumableSampler
 from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
@@ -249,6 +249,31 @@ def test_inflat_all_keeps_masters_and_its_scale_follows_overflow():
     assert not math.isfinite(float(precision.unscale(optimizer)))
     precision.step(optimizer, finite=False)
     assert precision.log_scale == 3.25 and torch.equal(masters["trunk.weight"], changed)
+
+
+@pytest.mark.parametrize("mode", [None, "inflat_all"])
+def test_flat_updates_are_those_of_the_single_parameters(mode: str | None):
+    """AdamW over the flat tensors is AdamW over each parameter; the codebook has its own settings."""
+    precision = Precision(Halves(), mode, apart=lambda name: name == "codebook")
+    assert set(precision.flat) == {"weights", "apart"} and precision.gradient.numel() == 3 * ALIGNMENT
+    single = {name: nn.Parameter(p.detach().clone()) for name, p in precision.parameters.items()}
+    spec = Named("AdamW", {"lr": 0.1, "weight_decay": 0.3})
+    optimizer = build_optimizer(spec, precision.flat, ["apart"])
+    reference = build_optimizer(spec, single, ["codebook"])
+    for step in range(3):
+        precision.zero_gradient()
+        torch.manual_seed(step)
+        for name, p in precision.parameters.items():
+            p.grad.copy_(torch.randn(p.shape))
+            single[name].grad = p.grad.clone()
+        precision.step(optimizer, finite=True)
+        reference.step()
+    for name, p in precision.parameters.items():
+        torch.testing.assert_close(p, single[name], rtol=1e-6, atol=1e-7)
+        model_weight = precision.model.get_parameter(name)
+        assert torch.equal(model_weight, p.to(model_weight.dtype))
+    moments = optimizer.state[precision.flat["weights"]]["exp_avg"]
+    torch.testing.assert_close(precision.view("trunk.bias", moments), reference.state[single["trunk.bias"]]["exp_avg"])
 
 
 def test_inflat_all_weights_round_trip_through_masters():

@@ -108,11 +108,12 @@ class Trainer:
         for tensor in model.state_dict().values():
             broadcast_from_first_(tensor)
         self.precision = Precision(
-            model, mode_on_device(args.fp16_mode, device), scale_growth=args.fp16_scale_growth
+            model,
+            mode_on_device(args.fp16_mode, device),
+            scale_growth=args.fp16_scale_growth,
+            apart=objective.holds_current_value,
         )
-        parameters = self.precision.parameters
-        current = [name for name in parameters if objective.holds_current_value(name)]
-        self.optimizer = build_optimizer(args.optimizer, parameters, current)
+        self.optimizer = build_optimizer(args.optimizer, self.precision.flat, ["apart"])
         self.scheduler = build_scheduler(args.lr_scheduler, self.optimizer)
         self.clipper = build_grad_clipper(args.grad_clip)
         self.ema = {rate: self._new_ema(rate) for rate in args.ema_rates} if ranks.is_first else {}
@@ -241,12 +242,12 @@ class Trainer:
 
     def _forget_moments(self, name: str, rows: Tensor) -> None:
         """Rows that were overwritten start without the optimizer's memory of what was there."""
-        parameter = self.precision.parameters.get(name)
-        if parameter is None or rows.numel() == 0:
+        if name not in self.precision.parameters or rows.numel() == 0:
             return
-        for value in self.optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value[rows] = 0
+        flat = self.precision.flat[self.precision.group_of(name)]
+        for value in self.optimizer.state.get(flat, {}).values():
+            if isinstance(value, Tensor) and value.shape == flat.shape:
+                self.precision.view(name, value)[rows] = 0
 
     def _count_skipped(self, micro_batches: list[Batch]) -> None:
         self._skipped += 1

@@ -43,7 +43,7 @@ class EMA:
         if averaged:
             torch._foreach_lerp_(
                 [self.shadow[name] for name in averaged],
-                [tensors[name].detach().float() for name in averaged],
+                [t if (t := tensors[name]).dtype == torch.float32 else t.float() for name in averaged],
                 1 - keep,
             )
         for name in self._current:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 INITIAL_LOG_SCALE = 20.0
 """Start of the log2 loss scale of inflat_all; it falls to what the network bears within the first steps."""
+ALIGNMENT = 64
+"""Numbers that a parameter's place in the flat buffers is a multiple of: kernels read 16 bytes at a time."""
 
 
 def mode_on_device(mode: str | None, device: torch.device) -> str | None:
@@ -24,47 +26,74 @@ def mode_on_device(mode: str | None, device: torch.device) -> str | None:
 
 
 class Precision:
-    """What the optimizer sees of a model: float32 parameters whose gradients are views of one flat buffer.
+    """What the optimizer sees of a model: float32 parameters and their gradients, each in one flat buffer.
 
     Modes: None is float32; "bf16" has bfloat16 activations; "amp" has half activations under a dynamic loss scale;
     "inflat_all" has half weights with float32 masters and a log2 loss scale that grows by `scale_growth` a step and
     drops by 1 on an overflow. Parameters that the model keeps in float32 (the codebook) are their own masters.
 
+    Args:
+        apart: names that get a flat tensor of their own, for other settings of the optimizer.
+
     Attributes:
-        parameters: {name: float32 tensor}, what the optimizer updates.
+        parameters: {name: float32 tensor}, views of the flat buffer, their `grad` views of `gradient`.
+        flat: {"weights" and, where there are any, "apart": flat float32 leaf}, the same numbers as `parameters`. The
+            optimizer updates these: all that are offered work number by number, and a few large tensors take the host
+            far less time than hundreds. Zeros fill the gaps between parameters.
         gradient: flat float32 gradient over all of them, in that order.
     """
 
-    def __init__(self, model: nn.Module, mode: str | None, *, scale_growth: float = 1e-3) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str | None,
+        *,
+        scale_growth: float = 1e-3,
+        apart: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         self.model = model
         self.mode = mode
         self.scale_growth = scale_growth
         self.log_scale = INITIAL_LOG_SCALE
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        before = {name: p.detach().float().clone() for name, p in trained.items()} if mode == "inflat_all" else {}
+        before = {name: p.detach().float() for name, p in trained.items()}
         if mode == "inflat_all":
             model.convert_to_fp16()
         elif mode is not None:
             model.set_compute_dtype({"amp": torch.float16, "bf16": torch.bfloat16}[mode])
         else:
             model.set_compute_dtype(torch.float32)
+        self._shapes = {name: tensor.shape for name, tensor in before.items()}
+        self._place: dict[str, tuple[str, int]] = {}
+        sizes = {"weights": 0, "apart": 0}
+        for name, tensor in before.items():
+            group = "apart" if apart(name) else "weights"
+            self._place[name] = (group, sizes[group])
+            sizes[group] += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
+        device = next(iter(before.values())).device
+        self.gradient = torch.zeros(sum(sizes.values()), device=device)
+        gradients = self.gradient.split(list(sizes.values()))
+        self.flat: dict[str, torch.Tensor] = {}
+        for (group, size), gradient in zip(sizes.items(), gradients):
+            if size:
+                self.flat[group] = torch.zeros(size, device=device, requires_grad=True)
+                self.flat[group].grad = gradient
         self._half: dict[str, nn.Parameter] = {}
         self.parameters: dict[str, torch.Tensor] = {}
+        self._views: dict[str, torch.Tensor] = {}
         for name, parameter in model.named_parameters():
             if name not in trained:
                 continue
+            flat = self.flat[self.group_of(name)]
+            own = self.view(name, flat.detach())
+            own.copy_(before[name])
             if parameter.dtype == torch.float32:
+                parameter.data = own
                 self.parameters[name] = parameter
             else:
                 self._half[name] = parameter
-                self.parameters[name] = before[name].requires_grad_()
-        device = next(iter(self.parameters.values())).device
-        self.gradient = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)
-        self._views: dict[str, torch.Tensor] = {}
-        offset = 0
-        for name, parameter in self.parameters.items():
-            self._views[name] = self.gradient[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+                self.parameters[name] = own.requires_grad_()
+            self._views[name] = self.view(name, flat.grad)
         # The model's tensors stay where they are, so that this is read from the modules once and not every step.
         self._weights = {
             name: self.parameters.get(name, tensor).detach() for name, tensor in model.state_dict().items()
@@ -75,6 +104,15 @@ class Precision:
     def scales_loss(self) -> bool:
         """Whether overflow is an ordinary event of this mode."""
         return self.mode in ("inflat_all", "amp")
+
+    def group_of(self, name: str) -> str:
+        """Which of `flat` a parameter lies in."""
+        return self._place[name][0]
+
+    def view(self, name: str, flat: torch.Tensor) -> torch.Tensor:
+        """The part of a parameter, in its shape, of a tensor that is laid out as its group's of `flat`."""
+        start, shape = self._place[name][1], self._shapes[name]
+        return flat[start : start + shape.numel()].view(shape)
 
     def zero_gradient(self) -> None:
         """Start a step: gradients to zero, every parameter's gradient a view of the flat one."""
