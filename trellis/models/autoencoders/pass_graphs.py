@@ -40,6 +40,8 @@ FILL_BLOCKS = (1024, 64)
 """Blocks to fill up with: as many as a graph may need, or what a small grid holds."""
 
 Rows = dict[str, Tensor]
+Work = Callable[[Rows, "Sizes", Sequence[Tensor]], Rows]
+"""Of inputs by name [blocks, ...] with their sizes, and weights, to outputs by name [blocks, ...]."""
 
 
 @dataclass(frozen=True)
@@ -158,15 +160,18 @@ class CudaRecorder:
         self._keeper: Any = None
 
     def rehearse(self, function: Callable[[], None]) -> int:
-        """Run once unrecorded, which compiles kernels and makes handles; returns the bytes that it took.
+        """Run unrecorded, which compiles kernels and makes handles and buffers, and again.
 
-        PyTorch's peak of allocated memory starts anew here; what an earlier, larger pass took is forgotten.
+        Returns the bytes that the second run took. PyTorch's peak of allocated memory starts anew here: what an
+        earlier, larger pass took is forgotten.
         """
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()  # memory of the stream that ran before is of no use to this one
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
+            function()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
             function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
@@ -263,7 +268,7 @@ class PassGraphs:
         key: Hashable,
         size: Sizes,
         inputs: Rows,
-        function: Callable[[Rows, Sizes], Rows],
+        function: Work,
         weights: Sequence[Tensor],
         *,
         samples: int,
@@ -275,7 +280,7 @@ class PassGraphs:
         Args:
             key: what else the work depends on, beside sizes: kind of pass, dtypes, switches.
             inputs: by name [blocks, ...], `coords` among them.
-            function: of inputs with a sample more and their sizes, to outputs by name [blocks, ...].
+            function: of inputs with a sample more; must read the weights that it is given.
             weights: every tensor that it reads beside; with `train` those that require a gradient get one.
             samples, extent: of the batch, see `Topology`.
         """
@@ -337,7 +342,7 @@ class PassGraphs:
         cell: Hashable,
         batch: Sizes,
         inputs: Rows,
-        function: Callable[[Rows, Sizes], Rows],
+        function: Work,
         weights: Sequence[Tensor],
         train: bool,
     ) -> bool:
@@ -349,14 +354,18 @@ class PassGraphs:
         if self._recorder is None:
             self._recorder = self.make_recorder()
         self._load(recording, batch, inputs)
-        held: dict[str, Rows] = {}
+        held: dict[str, Any] = {}
         trained = [w for w in weights if w.requires_grad]
         if train and not self._gradients:
             self._gradients = _flat_gradients(trained)
 
         def forward() -> None:
+            # Leaves of their own in the same memory: what autograd keeps with the model's parameters belongs to the
+            # stream of earlier passes, and recording must not touch another stream.
+            leaves = [w.detach().requires_grad_(train and w.requires_grad) for w in weights]
+            held["leaves"] = [leaf for leaf in leaves if leaf.requires_grad]
             with torch.set_grad_enabled(train):
-                held["outputs"] = function(buffers, size)
+                held["outputs"] = function(buffers, size, leaves)
             for name, out in held["outputs"].items():
                 if name not in recording.outputs:
                     recording.outputs[name] = self._buffers.rows(f"out {name}", size.blocks, out.detach())
@@ -368,7 +377,7 @@ class PassGraphs:
                 if name not in recording.gradients:
                     recording.gradients[name] = self._buffers.rows(f"gradient {name}", size.blocks, out.detach())
             handed = [recording.gradients[name] for name in outputs]
-            grads = torch.autograd.grad(list(outputs.values()), trained, handed, materialize_grads=True)
+            grads = torch.autograd.grad(list(outputs.values()), held["leaves"], handed, materialize_grads=True)
             for _, views, numbers in self._gradients:
                 torch._foreach_copy_(views, [grads[i] for i in numbers])
 

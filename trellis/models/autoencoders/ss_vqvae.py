@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -234,8 +234,9 @@ class SparseSDFVQVAE(nn.Module):
             raise ValueError(f"coordinates must not be negative, got {min(lowest)}")
         extent = _round_up_to_power_of_2(highest + 1)
 
-        def decode(inputs: Rows, size: Sizes) -> Rows:
-            return {"sdf": self._decode(inputs["latent"], Topology(inputs["coords"], samples + 1, extent), factor)}
+        def decode(inputs: Rows, size: Sizes, weights: Sequence[Tensor]) -> Rows:
+            topology = Topology(inputs["coords"], samples + 1, extent)
+            return {"sdf": self._with_weights(weights, lambda: self._decode(inputs["latent"], topology, factor))}
 
         out = self._graphs.run(
             ("decode", factor, *self._switches()),
@@ -298,6 +299,11 @@ class SparseSDFVQVAE(nn.Module):
     def _weights(self) -> list[Tensor]:
         return [*self.parameters(), *self.quantizer.buffers()]
 
+    def _with_weights(self, weights: Sequence[Tensor], work: Callable[[], Any]) -> Any:
+        """What `work` returns with other tensors in the place of `_weights`; buffers stay."""
+        names = [f"model.{name}" for name, _ in self.named_parameters()]
+        return torch.func.functional_call(_Caller(self), dict(zip(names, weights)), (work,))
+
     def _through_graph(
         self,
         kind: str,
@@ -313,10 +319,10 @@ class SparseSDFVQVAE(nn.Module):
         samples, extent = len(batch["blocks_per_sample"]), -(-batch["resolution"] // LATENT_STRIDE)
         _, rows2, rows4, blocks = batch["level_sizes"]
 
-        def run(inputs: Rows, size: Sizes) -> Rows:
+        def run(inputs: Rows, size: Sizes, weights: Sequence[Tensor]) -> Rows:
             coords, values, active = inputs["coords"], inputs["values"], inputs["active"]
             pyramid = build_pyramid(coords, values, active, size.level_sizes, samples + 1, extent, padded=True)
-            return work(pyramid, factor)
+            return self._with_weights(weights, lambda: work(pyramid, factor))
 
         names = {"coords": "block_coords", "values": "block_sdf", "active": "active"}
         inputs = {name: batch[key].to(self.device, non_blocking=True) for name, key in names.items()}
@@ -375,6 +381,17 @@ class SparseSDFVQVAE(nn.Module):
         if not rows:
             raise ValueError("initialize_codebook needs at least one batch")
         self.quantizer.initialize(torch.cat(rows), seed)
+
+
+class _Caller(nn.Module):
+    """A module's parameters as `torch.func.functional_call` wants them, for any function that uses the module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
 
 
 def _round_up_to_power_of_2(n: int) -> int:
