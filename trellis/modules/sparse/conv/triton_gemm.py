@@ -16,7 +16,7 @@ from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, gemm
 from trellis.modules.sparse.kernels.support import cdiv, dot_precision
 
 COPIED = 128 * 128
-"""Channels in times out from which transposing the weights first is faster than reading them transposed."""
+"""Channels in times out beyond which transposing the weights first is faster than reading them transposed."""
 
 
 @triton.jit(do_not_specialize=["count", "first_child"])
@@ -104,7 +104,7 @@ def gather_gemm(
     """
     count = table.shape[1]
     c_in, c_out = weights.shape[-2:]
-    transposed = gradient and c_in * c_out < COPIED
+    transposed = gradient and c_in * c_out <= COPIED
     if gradient:
         if not transposed:
             weights = weights.transpose(-1, -2).contiguous()

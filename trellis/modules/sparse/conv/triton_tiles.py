@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -63,6 +64,7 @@ TUNED: dict[tuple[str, int, int, int], Tile] = {
 """(kernel, mode, in, out) in 16 bit: the fastest of 7 to 15 tries each on the published network's grids, on an H100."""
 
 
+@cache
 def gemm_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
     """Of `gather_gemm`: rows, output channels, input channels."""
     depth = max(16, min(64, power_of_2(c_in)))
@@ -73,6 +75,7 @@ def gemm_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
     return TUNED.get(("gemm", mode, c_in, c_out), rule)
 
 
+@cache
 def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
     """Of `gather_wgrad`: input channels, output channels, rows of a step."""
     rows = max(16, min(128, power_of_2(c_in)))
@@ -83,6 +86,7 @@ def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
     return TUNED.get(("wgrad", mode, c_in, c_out), rule)
 
 
+@cache
 def scalar_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
     """Of `scalar_forward` and `scalar_backward`: parents, all output channels, input channels."""
     depth = max(16, min(64, power_of_2(c_in)))
