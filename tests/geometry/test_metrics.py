@@ -11,7 +11,6 @@ import trimesh
 
 from trellis.geometry.metrics import (
     dice_blocks,
-    dice_on_grid,
     euler_and_open_edges,
     evaluate_pair,
     mesh_volume_mm3,
@@ -285,23 +284,6 @@ def test_volume_and_topology_of_unmerged_meshes():
     assert mesh_volume_mm3(vertices, faces) == pytest.approx(2 * np.pi**2 * 20 * 36, rel=0.02)
     soup = vertices[faces].reshape(-1, 3), np.arange(faces.size).reshape(-1, 3)  # as STL stores it
     assert euler_and_open_edges(vertices, faces) == euler_and_open_edges(*soup) == (0, 0)
-
-
-def test_dice_on_an_oblique_mirrored_anisotropic_grid():
-    vertices, faces = blob(2, 1)
-    turn = trimesh.transformations.rotation_matrix(0.5, (1, 2, 3))[:3, :3]
-    affine = np.eye(4)
-    affine[:3, :3] = turn @ np.diag([-1.1, 1.7, 2.9])
-    shape = (50, 34, 22)
-    affine[:3, 3] = (3, -2, 5) - affine[:3, :3] @ (np.array(shape) / 2)
-    points = lattice(shape) @ affine[:3, :3].T + affine[:3, 3]
-    mask = np.concatenate([winding_numbers(p, vertices, faces) > 0.5 for p in np.array_split(points, 8)]).reshape(shape)
-    assert mask.sum() > 1000
-    assert dice_on_grid((vertices, faces), mask, affine) == {"dice": 1.0, "iou": 1.0}
-    half = mask.copy()
-    half[:25] = False
-    assert dice_on_grid((vertices, faces), half, affine)["iou"] == half.sum() / mask.sum()
-    assert dice_on_grid(None, mask, affine)["dice"] == 0 and dice_on_grid(None, mask & False, affine)["dice"] == 1
 
 
 def test_dice_blocks_counts_the_union_and_enclosed_blocks():

@@ -11,9 +11,11 @@ import pytest
 from pipeline_shapes import ellipsoid_blocks
 
 from trellis.geometry.isosurface import extract_mesh
+from trellis.geometry.source_grid import load_source_mask, save_source_mask
 from trellis.pipelines import evaluate
 from trellis.pipelines.evaluate import CodeCounts, evaluate_dataset, figures_of, table
 from trellis.pipelines.scoring import Pair, score_pair
+from trellis.preparation.prepare import prepare_dataset
 from trellis.utils.io_utils import save_sparse_sdf
 from trellis.utils.mesh_utils import write_mesh
 
@@ -79,6 +81,41 @@ def test_baseline_scores_the_tsdf_itself(dataset, tmp_path):
     assert summary["dice"]["mean"] == summary["ceiling"]["dice"]["mean"] > 0.98
     assert summary["codes_used"] is None and summary["baseline"] == "tsdf" and summary["model_hash"] is None
     assert "codes" not in table(summary)
+
+
+def test_labels_are_scored_on_their_own_voxels_too(tmp_path):
+    """Two boxes of 6 x 7 x 6 and 4 x 4 x 5 voxels of 1.5 x 1 x 2 mm, prepared from a NIfTI."""
+    nibabel = pytest.importorskip("nibabel")
+    data = np.zeros((14, 12, 10), dtype=np.uint8)
+    data[2:8, 2:9, 2:8], data[8:12, 3:7, 3:8] = 2, 7
+    (tmp_path / "in" / "someone").mkdir(parents=True)
+    affine = np.diag([-1.5, 1.0, 2.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(data, affine), tmp_path / "in" / "someone" / "seg.nii.gz")
+    out = tmp_path / "data"
+    assert prepare_dataset(tmp_path / "in", out, resolutions=(128,), workers=0, progress=False).exit_code == 0
+    rows = {row["label"]: row for row in read_csv(out / "metadata.csv")}
+    assert len(list((out / "masks").glob("*.npz"))) == 2
+    # one of the two masks loses a layer: 6 x 7 x 5 of its 6 x 7 x 6 voxels are left
+    path = out / "masks" / f"{rows['2']['sha256']}.npz"
+    whole = load_source_mask(path)
+    save_source_mask(path, replace(whole, mask=whole.mask[:, :, :5]))
+    summary = evaluate_dataset(None, out, tmp_path / "eval", split="all", num_samples=500, worst=0)
+    scored = {row["label"]: row for row in read_csv(tmp_path / "eval" / "metrics.csv")}
+    assert scored["7"]["dice_source"] == scored["7"]["dice_source_tsdf"] == "1.0"
+    assert float(scored["7"]["volume_error_source_ml"]) == 0
+    # the surface passes close by the centres of the box's eight corner voxels, and the TSDF may lose them
+    assert float(scored["2"]["dice_source"]) == pytest.approx(2 * 210 / (252 + 210), abs=2e-3)
+    assert float(scored["2"]["volume_error_source_ml"]) == pytest.approx(42 * 0.003, abs=8.01 * 0.003)
+    assert float(scored["2"]["volume_error_source_fraction"]) == pytest.approx(42 / 210, abs=8.01 / 210)
+    assert summary["dice_source"]["mean"] == pytest.approx((1 + float(scored["2"]["dice_source"])) / 2)
+    assert summary["ceiling"]["dice_source"] == summary["dice_source"]
+    assert "Dice on source grid" in table(summary)
+    path.unlink()  # what is missing is made again, and nothing else
+    again = prepare_dataset(tmp_path / "in", out, resolutions=(128,), workers=0, progress=False)
+    assert again.n_computed == 1 and load_source_mask(path).mask.shape == (6, 7, 6)
+    path.write_bytes(b"PK nothing")
+    summary = evaluate_dataset(None, out, tmp_path / "eval", split="all", num_samples=500, worst=0)
+    assert summary["n_failed"] == 1 and summary["dice_source"]["mean"] == 0.5
 
 
 def test_several_processes_give_the_same_rows(tokenizer, dataset, tmp_path):

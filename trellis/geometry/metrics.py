@@ -274,30 +274,3 @@ def dice_blocks(pred: SparseSDFBlocks, truth: SparseSDFBlocks) -> float:
         insides.append(inside)
     a, b, both = int(insides[0].sum()), int(insides[1].sum()), int((insides[0] & insides[1]).sum())
     return _overlaps(a, b, both)["dice"]
-
-
-def dice_on_grid(mesh: Mesh | None, mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
-    """Dice and IoU of a mesh against a mask on the volume's own grid.
-
-    Args:
-        mesh: (vertices [V, 3] world mm, faces [F, 3]) or None.
-        mask: [X, Y, Z] bool.
-        affine: [4, 4] voxel index to world mm; may be anisotropic, oblique, sheared or mirrored.
-    """
-    mask = np.asarray(mask)
-    if mask.ndim != 3 or mask.dtype != np.bool_:
-        raise ValueError(f"mask must be bool [X, Y, Z], got {mask.dtype} {list(mask.shape)}")
-    affine = np.asarray(affine, dtype=np.float64)
-    determinant = np.linalg.det(affine[:3, :3]) if affine.shape == (4, 4) else 0.0
-    if not np.isfinite(determinant) or determinant == 0:
-        raise ValueError(f"affine must be an invertible [4, 4] matrix, got {affine.tolist()}")
-    mesh = _check_mesh(mesh, "mesh")
-    total = int(mask.sum())
-    if mesh is None:
-        return _overlaps(0, total, 0)
-    vertices, faces = mesh
-    voxels = np.linalg.solve(affine[:3, :3], (vertices - affine[:3, 3]).T).T
-    start, stop = inside_runs(voxels, faces if determinant > 0 else faces[:, ::-1], mask.shape)
-    lines = np.pad(mask, ((0, 0), (0, 0), (0, 1))).reshape(-1)
-    before = np.concatenate([[0], np.cumsum(lines, dtype=np.int64)])
-    return _overlaps(run_length(start, stop), total, int((before[stop] - before[start]).sum()))

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 BASELINES = ("tsdf",)
 METRICS_NAME, SUMMARY_NAME, REPORT_NAME = "metrics.csv", "summary.json", "report.html"
-IN_GROUPS = ("dice", "dice_blocks", "hd95_mm", "assd_mm", "nsd_1mm", "volume_error_fraction")
+IN_GROUPS = ("dice", "dice_blocks", "hd95_mm", "assd_mm", "nsd_1mm", "volume_error_fraction", "dice_source")
 """Metrics that summary.json has for each label and patient."""
 
 
@@ -42,9 +42,11 @@ def evaluate_dataset(
     """Encode, decode and score every shape of a split; write metrics.csv, summary.json and report.html.
 
     Truth is `meshes/{sha256}.ply`, the surface that the TSDF was made from. Where a dataset has none, the TSDF's own
-    surface takes its place (`truth` is "tsdf" in metrics.csv). Shapes without `to_world` get no figures in mm. A shape
-    whose field has no surface counts as the worst value (see `trellis.geometry.metrics`); one that cannot be read,
-    encoded or scored is in errors.csv and in `n_failed`, and counts with Dice 0.
+    surface takes its place (`truth` is "tsdf" in metrics.csv). Shapes that came from labels are also compared with the
+    label on its own voxels, `masks/{sha256}.npz` (`dice_source` and others of `trellis.geometry.source_grid`). Shapes
+    without `to_world` get no figures in mm. A shape whose field has no surface counts as the worst value (see
+    `trellis.geometry.metrics`); one that cannot be read, encoded or scored is in errors.csv and in `n_failed`, and
+    counts with Dice 0.
 
     Args:
         tokenizer: the model; None scores the TSDF itself.
@@ -75,7 +77,7 @@ def evaluate_dataset(
                 yield _reconstruct(tokenizer, item, data, codes)
             except HANDLED as error:
                 failures.append(Failure(item.sha256, item.sha256, "encode", one_line(error)))
-                rows.append(_failed_row(item.sha256, item.label, item.patient_id))
+                rows.append(_failed_row(data, item.sha256, item.label, item.patient_id))
 
     for pair, score in score_pairs(pairs(), workers, num_samples):
         identity = {"sha256": pair.sha256, "label": pair.label, "patient_id": pair.patient_id}
@@ -83,7 +85,7 @@ def evaluate_dataset(
             rows.append({**identity, **score()})
         except HANDLED as error:
             failures.append(Failure(pair.sha256, pair.sha256, "score", one_line(error)))
-            rows.append(_failed_row(**identity))
+            rows.append(_failed_row(data, **identity))
         progress(len(rows), len(dataset.items))
     progress(len(dataset.items), len(dataset.items))
     rows.sort(key=lambda row: row["sha256"])
@@ -127,13 +129,22 @@ def _reconstruct(tokenizer: SparseSDFTokenizer | None, item: Any, data: Path, co
         decoded = tokenizer.decode(tokens)
         codes.add(tokens.ids)
         bits = bits_per_shape(tokens.ids, tokens.codebook_size, tokens.block_index)
-    truth_file = truth if truth.is_file() and blocks.to_world is not None else None
-    return Pair(item.sha256, item.label, item.patient_id, blocks, decoded, truth_file, bits)
+    placed = blocks.to_world is not None
+    mask = _mask_file(data, item.sha256)
+    return Pair(
+        item.sha256, item.label, item.patient_id, blocks, decoded, bits=bits,
+        truth=truth if placed and truth.is_file() else None, mask=mask if placed and mask.is_file() else None,
+    )  # fmt: skip
 
 
-def _failed_row(sha256: str, label: str, patient_id: str) -> dict[str, Any]:
+def _mask_file(data: Path, sha256: str) -> Path:
+    return data / "masks" / f"{sha256}.npz"
+
+
+def _failed_row(data: Path, sha256: str, label: str, patient_id: str) -> dict[str, Any]:
     """A shape that could not be scored: no overlap; distances are unknown."""
     row = {"sha256": sha256, "label": label, "patient_id": patient_id, "dice": 0.0, "iou": 0.0, "dice_blocks": 0.0}
+    row |= {"dice_source": 0.0, "iou_source": 0.0} if _mask_file(data, sha256).is_file() else {}
     return {**row, "error": "see errors.csv"}
 
 
@@ -169,7 +180,8 @@ def figures_of(found: dict[str, Any], only: Sequence[str] | None = None) -> dict
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as text: a line a label, and one for all, each with the TSDF's figure in brackets."""
-    metrics = [("dice", "Dice"), ("hd95_mm", "HD95 mm"), ("assd_mm", "ASSD mm")]
+    metrics = [("dice", "Dice"), ("dice_source", "Dice on source grid"), ("hd95_mm", "HD95 mm"), ("assd_mm", "ASSD mm")]
+    metrics = [(name, title) for name, title in metrics if name != "dice_source" or name in summary]
     lines = [["", "n", *(f"{title} (TSDF)" for _, title in metrics)]]
     for name, group in [*summary["labels"].items(), ("all", summary)]:
         cells = [name or "-", str(group["n"])]

@@ -16,20 +16,24 @@ from trellis.utils.io_utils import atomic_write
 Mesh = tuple[np.ndarray, np.ndarray]
 COLUMNS = (
     ("label", "label", ""), ("sha256", "shape", ""), ("patient_id", "patient", ""), ("dice", "Dice", ".4f"),
-    ("dice_tsdf", "Dice of TSDF", ".4f"), ("dice_blocks", "Dice in blocks", ".4f"), ("hd95_mm", "HD95 mm", ".3f"),
-    ("hd95_mm_tsdf", "HD95 of TSDF", ".3f"), ("assd_mm", "ASSD mm", ".3f"), ("nsd_1mm", "NSD 1 mm", ".4f"),
+    ("dice_tsdf", "Dice of TSDF", ".4f"), ("dice_blocks", "Dice in blocks", ".4f"),
+    ("dice_source", "Dice on source grid", ".4f"), ("dice_source_tsdf", "that of TSDF", ".4f"),
+    ("hd95_mm", "HD95 mm", ".3f"), ("hd95_mm_tsdf", "HD95 of TSDF", ".3f"),
+    ("assd_mm", "ASSD mm", ".3f"), ("nsd_1mm", "NSD 1 mm", ".4f"),
     ("volume_error_fraction", "volume error", "+.2%"), ("num_blocks", "tokens", ".0f"),
     ("bits_per_block", "bits/token", ".2f"),
 )  # fmt: skip
 """Column of metrics.csv, its title, and its number format."""
 METRICS = (
     ("dice", "Dice", ".4f"), ("iou", "IoU", ".4f"), ("dice_blocks", "Dice in the blocks", ".4f"),
-    ("hd_mm", "HD, mm", ".3f"), ("hd95_mm", "HD95, mm", ".3f"), ("assd_mm", "ASSD, mm", ".3f"),
+    ("dice_source", "Dice on the source's voxels", ".4f"), ("hd_mm", "HD, mm", ".3f"),
+    ("hd95_mm", "HD95, mm", ".3f"), ("assd_mm", "ASSD, mm", ".3f"),
     ("hd95_voxels", "HD95, voxels", ".3f"), ("assd_voxels", "ASSD, voxels", ".3f"),
     ("chamfer_mm", "Chamfer, mm", ".3f"), ("nsd_1mm", "NSD at 1 mm", ".4f"), ("nsd_2mm", "NSD at 2 mm", ".4f"),
     ("f_score_1voxel", "F-score at 1 voxel", ".4f"), ("normal_consistency", "normal consistency", ".4f"),
-    ("volume_error_fraction", "volume error", "+.2%"), ("euler_match", "same Euler characteristic", ".1%"),
-    ("bits", "bits per shape, positions included", ".0f"),
+    ("volume_error_fraction", "volume error", "+.2%"),
+    ("volume_error_source_fraction", "volume error on the source's voxels", "+.2%"),
+    ("euler_match", "same Euler characteristic", ".1%"), ("bits", "bits per shape, positions included", ".0f"),
 )  # fmt: skip
 PICTURE_SIZE = 300
 
@@ -112,7 +116,7 @@ def write_report(
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>Evaluation</title><style>{_STYLE}</style></head><body>"
         + "\n".join(body)
@@ -237,9 +241,7 @@ def _worst_cases(cases: Sequence[Case]) -> str:
             f"<figcaption>{name}</figcaption></figure>"
             for name, data in pictures
         )
-        parts.append(
-            f'<div class="case"><b>{escape(title)}</b> {escape(figures)}<div class="row">{shown}</div></div>'
-        )
+        parts.append(f'<div class="case"><b>{escape(title)}</b> {escape(figures)}<div class="row">{shown}</div></div>')
     return "\n".join(parts)
 
 

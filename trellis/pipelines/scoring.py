@@ -15,7 +15,11 @@ from trellis.utils.blocks import SparseSDFBlocks
 
 TSDF_SUFFIX = "_tsdf"
 """Marks the columns of the TSDF itself, the ceiling of every model at its resolution."""
-CEILING = ("dice", "iou", "hd95_mm", "assd_mm", "chamfer_mm", "f_score_1voxel", "nsd_1mm", "nsd_2mm")
+CEILING = (
+    "dice", "iou", "dice_source", "hd_mm", "hd95_mm", "assd_mm", "chamfer_mm", "hd95_voxels", "assd_voxels", "nsd_1mm",
+    "nsd_2mm", "f_score_1voxel", "normal_consistency", "volume_error_fraction", "volume_error_source_fraction",
+    "euler_match",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Pair:
         sha256, label, patient_id: which shape. blocks: the true TSDF. decoded: the reconstruction's, None to score the
             TSDF alone. truth: the true surface's file; None: the TSDF's own surface is the truth.
         bits: size of the tokens, see `bits_per_shape`; empty without a model.
+        mask: file of the label on the volume that the shape came from, None if it came from a mesh.
     """
 
     sha256: str
@@ -35,6 +40,7 @@ class Pair:
     decoded: SparseSDFBlocks | None
     truth: Path | None
     bits: dict[str, float]
+    mask: Path | None = None
 
 
 def score_pairs(
@@ -61,19 +67,26 @@ def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
     """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name."""
     from trellis.geometry.isosurface import extract_mesh
     from trellis.geometry.metrics import dice_blocks, evaluate_pair
+    from trellis.geometry.source_grid import load_source_mask, metrics_on_source_grid
 
     blocks = pair.blocks
     tsdf = extract_mesh(blocks)
     truth = tsdf if pair.truth is None else true_surface(pair)
     frame = np.eye(4) if blocks.to_world is None else blocks.to_world
     options = {"to_world": frame, "num_samples": num_samples}
-    ceiling = evaluate_pair(tsdf, truth, blocks.resolution, **options)
+    source = None if pair.mask is None else load_source_mask(pair.mask)
+
+    def scores(mesh: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+        on_grid = {} if source is None else metrics_on_source_grid(mesh, source)
+        return evaluate_pair(mesh, truth, blocks.resolution, **options) | on_grid
+
+    ceiling = scores(tsdf)
     row: dict[str, Any] = {"truth": "tsdf" if pair.truth is None else "mesh", "num_blocks": blocks.num_blocks}
     row |= pair.bits
     if pair.decoded is None:
         row |= {**ceiling, "dice_blocks": 1.0}
     else:
-        row |= evaluate_pair(extract_mesh(pair.decoded), truth, blocks.resolution, **options)
+        row |= scores(extract_mesh(pair.decoded))
         row["dice_blocks"] = dice_blocks(pair.decoded, blocks)
     row |= {f"{name}{TSDF_SUFFIX}": ceiling[name] for name in CEILING if name in ceiling}
     if blocks.to_world is None:  # grid units are no millimetres

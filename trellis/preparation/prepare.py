@@ -100,7 +100,7 @@ def prepare_dataset(
 
     Args:
         data_root: searched recursively for meshes and label volumes; its first folders are the patients.
-        out: receives metadata.csv, errors.csv, splits.json, meshes/, sparse_sdf/ and records/.
+        out: receives metadata.csv, errors.csv, splits.json, meshes/, masks/, sparse_sdf/ and records/.
         resolutions: voxels per side. workers: local processes, None for one a core, 0 for this process alone.
         scheduler: a Dask scheduler's address instead of local processes.
         mesh_space: space of mesh files that do not say theirs. patient_regex: see `find_sources`.
@@ -352,6 +352,6 @@ def _lock(out: Path, *, exclusive: bool) -> Iterator[None]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    for folder in (".", "meshes", "sparse_sdf", "records", "records/sources", "records/sdf"):
+    for folder in (".", "meshes", "masks", "sparse_sdf", "records", "records/sources", "records/sdf"):
         for path in (out / folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)

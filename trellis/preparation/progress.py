@@ -37,7 +37,8 @@ def progress_bar(title: str, weights: Sequence[float], *, shown: bool = True) ->
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES or pace.done == pace.total:
             last = now
-            print(f"{title}: {pace.line()}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{title}: {pace.line()}\n")
+            sys.stderr.flush()
 
     yield advance
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from trellis.preparation import records
 
 _SDF_NAME = re.compile(r"([0-9a-f]{64})_r(\d+)\.(?:npz|json)")
-_TRUTH_NAME = re.compile(r"([0-9a-f]{64})\.ply")
+_TRUTH_NAME = re.compile(r"([0-9a-f]{64})\.(?:ply|npz)")
 
 
 def stale_files(out: Path, source_keys: Sequence[str], patients: dict[str, str], prep_hash: str) -> Iterator[Path]:
@@ -23,7 +23,7 @@ def stale_files(out: Path, source_keys: Sequence[str], patients: dict[str, str],
     for path in sorted((out / "records" / "sources").glob("*.json")):
         if path.stem not in keys:
             yield path
-    for path in sorted((out / "meshes").glob("*.ply")):
+    for path in sorted([*(out / "meshes").glob("*.ply"), *(out / "masks").glob("*.npz")]):
         match = _TRUTH_NAME.fullmatch(path.name)
         if match and match[1] not in patients:
             yield path

@@ -22,6 +22,11 @@ def truth_path(out: Path, sha256: str) -> Path:
     return out / "meshes" / f"{sha256}.ply"
 
 
+def mask_path(out: Path, sha256: str) -> Path:
+    """The voxels of a shape that came from a label volume, on that volume's grid."""
+    return out / "masks" / f"{sha256}.npz"
+
+
 def source_record_path(out: Path, key: str) -> Path:
     """The record of one source file; `key` is its pseudonym."""
     return out / "records" / "sources" / f"{key}.json"
@@ -69,7 +74,11 @@ def source_is_current(out: Path, record: dict[str, Any] | None, expected: dict[s
     failures = record.get("failures", [])
     if any(retry_failed or not failure["permanent"] for failure in failures):
         return False
-    return all(_size(truth_path(out, shape["sha256"])) == shape["truth_bytes"] for shape in record["shapes"])
+    return all(
+        _size(truth_path(out, shape["sha256"])) == shape["truth_bytes"]
+        and _size(mask_path(out, shape["sha256"])) == shape.get("mask_bytes", 0)
+        for shape in record["shapes"]
+    )
 
 
 def sdf_is_current(

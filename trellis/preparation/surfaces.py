@@ -16,6 +16,7 @@ import numpy as np
 from trellis.preparation.settings import PrepareSettings
 
 if TYPE_CHECKING:
+    from trellis.geometry.source_grid import SourceMask
     from trellis.geometry.volume import LabelVolume
 
 MeshArrays = tuple[np.ndarray, np.ndarray]
@@ -30,12 +31,14 @@ class Surfaces:
         notes: what a user should know, one sentence each.
         picked: entries of the settings' labels that matched something here.
         failures: label -> error of labels that could not be made into a surface.
+        masks: label -> what cuts the label out of its volume; none for meshes and thresholds.
     """
 
     by_label: dict[str, MeshArrays] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     picked: set[str] = field(default_factory=set)
     failures: dict[str, Exception] = field(default_factory=dict)
+    masks: dict[str, Callable[[], SourceMask]] = field(default_factory=dict)
 
 
 def matches(wanted: Collection[str], names: Collection[str]) -> set[str]:
@@ -44,9 +47,7 @@ def matches(wanted: Collection[str], names: Collection[str]) -> set[str]:
     return {want for want in wanted if any(fnmatch.fnmatchcase(name, want.lower()) for name in lower)}
 
 
-def names_of_labels(
-    numbers: Sequence[int], names: Mapping[int, str], wanted: Collection[str] | None
-) -> dict[int, str]:
+def names_of_labels(numbers: Sequence[int], names: Mapping[int, str], wanted: Collection[str] | None) -> dict[int, str]:
     """Label number to the name of its shape, of those wanted; a name that occurs twice gets its number behind it, a
     label without a name is called by its number."""
     plain = {number: names.get(number) or str(number) for number in numbers}
@@ -126,6 +127,7 @@ def shapes_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, 
 def _label_surfaces(
     layers: Sequence[LabelVolume], labels: Mapping[int, str], picked: frozenset[str], min_component_ml: float
 ) -> Surfaces:
+    from trellis.geometry.source_grid import cut_out, label_boxes
     from trellis.geometry.volume import label_surfaces, labels_of
 
     result = Surfaces(picked=set(picked), notes=sorted({note for layer in layers for note in layer.notes}))
@@ -144,6 +146,8 @@ def _label_surfaces(
                 result.failures[labels[number]] = error
         for number, surface in (label_surfaces(layer, here) if here else {}).items():
             result.by_label[labels[number]] = surface
+        for number, box in label_boxes(layer.data, here).items():
+            result.masks[labels[number]] = partial(cut_out, layer.data, number, box, layer.affine)
     return result
 
 
@@ -210,11 +214,12 @@ def without_small_components(
     """
     from scipy import ndimage
 
+    from trellis.geometry.source_grid import label_boxes
+
     voxel_ml = volume.voxel_volume_mm3 / 1000
     data, removed = volume.data.copy(), {}
-    boxes = ndimage.find_objects(volume.data.astype(np.int32, copy=False))
-    for number in numbers:
-        part = data[boxes[number - 1]]
+    for number, box in label_boxes(volume.data, numbers).items():
+        part = data[box]
         components, count = ndimage.label(part == number, structure=np.ones((3, 3, 3)))
         small = np.bincount(components.ravel(), minlength=count + 1) * voxel_ml < min_ml
         small[0] = False

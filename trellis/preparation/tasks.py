@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,9 @@ def read_source(task: SourceTask) -> dict[str, Any]:
         for label, (vertices, faces) in surfaces.by_label.items():
             identity = shape_id(record["content"], label)
             try:
-                record["shapes"].append(_write_truth(task, identity, label, vertices, faces))
+                facts = _write_truth(task, identity, label, vertices, faces)
+                facts["mask_bytes"] = _write_mask(records.mask_path(task.out, identity), surfaces.masks.get(label))
+                record["shapes"].append(facts)
             except Exception as error:
                 logger.debug("shape %s", identity, exc_info=True)
                 record["failures"].append({**failure(identity, stage, error, names=names), "label": label})
@@ -169,6 +171,17 @@ def _write_truth(
         "box_mm": box_of(vertices),
         "truth_bytes": path.stat().st_size,
     }
+
+
+def _write_mask(path: Path, cut: Callable[[], Any] | None) -> int | None:
+    """Write the voxels of a shape that came from labels; the size of the file, None where there is none."""
+    if cut is None:
+        path.unlink(missing_ok=True)
+        return None
+    from trellis.geometry.source_grid import save_source_mask
+
+    save_source_mask(path, cut())
+    return path.stat().st_size
 
 
 def compute_sdf(task: SDFTask) -> dict[str, Any]:
