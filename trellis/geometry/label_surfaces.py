@@ -34,7 +34,8 @@ def label_surfaces(
 
     Method: the quads of SurfaceNets (Gibson 1998), one vertex per boundary cell, between all labels at once; then
     vertices move inside their cells to the smallest bending energy (`label_smoothing`), in voxel index space, so that
-    every voxel centre stays on its side; then the volume's affine.
+    every voxel centre stays on its side; then each component is given back the volume of its voxels (`label_volumes`)
+    and quads become two triangles or, where the surface bends, four (`label_triangles`); then the volume's affine.
 
     Args:
         volume: labels with their affine.
