@@ -48,7 +48,13 @@ def model_of(**changes):
 class Repeater:
     """Stands in for the card: calls the function again where a graph would replay its kernels."""
 
-    bytes = 0
+    bytes, free = 0, 1 << 40
+
+    def free_bytes(self):
+        return self.free
+
+    def release(self):
+        self.bytes = 0
 
     def rehearse(self, function):
         function()
@@ -210,6 +216,21 @@ def test_number_of_graphs_is_bounded(repeated):
     misses = model._graphs.misses
     model(spheres([0.42]))
     assert model._graphs.misses == misses
+
+
+def test_graphs_make_room_for_a_larger_batch(repeated):
+    model, plain = repeated
+    for _ in range(2):
+        loss_of(model(spheres([0.42]))).backward()
+    model._graphs._recorder.bytes, model._graphs._recorder.free = 1000, 2000
+    waiting = loss_of(model(spheres([0.42])))
+    model(spheres([0.42, 0.3]))  # needs 1500 of them
+    assert model._graphs._recordings and model._graphs.reserved_bytes == 1000
+    batch = spheres([0.42, 0.42, 0.3])
+    torch.testing.assert_close(model(batch)["sdf"], plain(batch)["sdf"], rtol=1e-4, atol=1e-5)
+    assert not model._graphs._recordings and model._graphs.reserved_bytes == 0
+    with pytest.raises(RuntimeError, match="before the model's next forward pass"):
+        waiting.backward()
 
 
 GPU_MODES = {"half": (torch.float16, True), "amp": (torch.float16, False), "bf16": (torch.bfloat16, False)}

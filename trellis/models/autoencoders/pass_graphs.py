@@ -194,6 +194,11 @@ class CudaRecorder:
         self._keeper = self._capture(fill)
         return True
 
+    def free_bytes(self) -> int:
+        """What a pass outside the recordings can have."""
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.bytes
+        return torch.cuda.mem_get_info()[0] + max(0, kept)
+
     def release(self) -> None:
         """Give the memory back; no recording may be left."""
         self._pool = self._keeper = None
@@ -231,20 +236,24 @@ class PassGraphs:
     ) -> None:
         self.make_recorder, self.max_graphs, self.max_blocks = make_recorder, max_graphs, max_blocks
         self._refused = False
+        self._recorder: Any = None
+        self.turn = 0
         self.clear()
 
     def clear(self) -> None:
         """Forget all graphs and give their memory back."""
+        self.turn += 1
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._seen: dict[Hashable, list[Sizes]] = {}
         self._made: dict[Hashable, int] = {}
         self._buffers = Buffers()
         self._fillings: dict[Hashable, Tensor | None] = {}
         self._gradients: list[tuple[Tensor, list[Tensor], list[int]]] = []
-        self._recorder: Any = None
         self._state: Hashable = None
         self.hits = self.misses = 0
-        self.turn = 0
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.release()
 
     def refuse(self, reason: str) -> None:
         """Give all memory back and record nothing from now on."""
@@ -284,7 +293,10 @@ class PassGraphs:
             weights: every tensor that it reads beside; with `train` those that require a gradient get one.
             samples, extent: of the batch, see `Topology`.
         """
-        if not 0 < size.blocks <= self.max_blocks or self._refused:
+        if size.blocks == 0 or self._refused:
+            return None
+        if size.blocks > self.max_blocks:
+            self._leave_room(size.blocks, train)
             return None
         state = tuple((w.data_ptr(), w.requires_grad) for w in weights)
         if state != self._state:
@@ -299,6 +311,8 @@ class PassGraphs:
             seen.append(size)
             made = self._made.get(cell, 0)
             if len(seen) < SIGHTINGS[train] << made:
+                recording = None
+                self._leave_room(size.blocks, train)
                 return None
             self._seen[cell] = []
             self._made[cell] = made + 1
@@ -319,6 +333,15 @@ class PassGraphs:
         trained = [w for w in weights if w.requires_grad]
         outputs = _Replay.apply(self, recording, size.blocks, *trained)
         return dict(zip(recording.outputs, outputs))
+
+    def _leave_room(self, blocks: int, train: bool) -> None:
+        """Give the graphs' memory up where a batch that runs as it is would not find enough beside it."""
+        if not train or not self.reserved_bytes or not self._recordings:
+            return
+        most = max(r.size.blocks for r in self._recordings.values())
+        needed = int(1.2 * self.reserved_bytes * blocks / most)
+        if needed > self._recorder.free_bytes():
+            self.refuse(f"a batch of {blocks} blocks needs about {needed / 1e9:.1f} GB, more than they leave")
 
     def _load(self, recording: Recording, size: Sizes, inputs: Rows) -> None:
         blocks = size.blocks
@@ -348,6 +371,7 @@ class PassGraphs:
     ) -> bool:
         """Record the passes, rehearsed with the batch; False where the card has no room."""
         size = recording.size
+        self.turn += 1  # a pass that waits for its backward pass read the buffers that are filled now
         buffers = {name: self._buffers.rows(name, size.blocks, rows) for name, rows in inputs.items()}
         recording.inputs = buffers
         self._recordings.pop(cell, None)
