@@ -262,6 +262,7 @@ def test_flat_updates_are_those_of_the_single_parameters(mode: str | None):
     reference = build_optimizer(spec, single, ["codebook"])
     for step in range(3):
         precision.zero_gradient()
+        precision.collect()
         torch.manual_seed(step)
         for name, p in precision.parameters.items():
             p.grad.copy_(torch.randn(p.shape))
@@ -304,6 +305,7 @@ def test_amp_scales_and_backs_off():
     weights = model.trunk.weight.detach().clone()
     precision.zero_gradient()
     precision.backward(model.loss(x) * float("inf"))
+    precision.collect()
     finite = math.isfinite(float(precision.unscale(optimizer)))
     precision.step(optimizer, finite=finite)
     assert not finite and precision.loss_scale == 2.0**15 and torch.equal(model.trunk.weight, weights)

@@ -36,7 +36,7 @@ class Precision:
         apart: names that get a flat tensor of their own, for other settings of the optimizer.
 
     Attributes:
-        parameters: {name: float32 tensor}, views of the flat buffer, their `grad` views of `gradient`.
+        parameters: {name: float32 tensor}, views of the flat buffer, and after `collect` their `grad` of `gradient`.
         flat: {"weights" and, where there are any, "apart": flat float32 leaf}, the same numbers as `parameters`. The
             optimizer updates these: all that are offered work number by number, and a few large tensors take the host
             far less time than hundreds. Zeros fill the gaps between parameters.
@@ -78,6 +78,7 @@ class Precision:
             if size:
                 self.flat[group] = torch.zeros(size, device=device, requires_grad=True)
                 self.flat[group].grad = gradient
+        self._of_model: dict[str, nn.Parameter] = {}
         self._half: dict[str, nn.Parameter] = {}
         self.parameters: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
@@ -87,6 +88,7 @@ class Precision:
             flat = self.flat[self.group_of(name)]
             own = self.view(name, flat.detach())
             own.copy_(before[name])
+            self._of_model[name] = parameter
             if parameter.dtype == torch.float32:
                 parameter.data = own
                 self.parameters[name] = parameter
@@ -115,11 +117,9 @@ class Precision:
         return flat[start : start + shape.numel()].view(shape)
 
     def zero_gradient(self) -> None:
-        """Start a step: gradients to zero, every parameter's gradient a view of the flat one."""
+        """Start a step. The backward pass hands its gradients over as they are, rather than add each to zeros."""
         self.gradient.zero_()
-        for name, parameter in self.parameters.items():
-            parameter.grad = self._views[name]
-        for parameter in self._half.values():
+        for parameter in self._of_model.values():
             parameter.grad = None
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -132,12 +132,14 @@ class Precision:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """After the last micro-batch: half gradients into the flat float32 one. It is still scaled."""
-        filled = {name: p.grad for name, p in self._half.items() if p.grad is not None}
+        """After the last micro-batch: gradients into the flat float32 one. It is still scaled."""
+        filled = {name: p.grad for name, p in self._of_model.items() if p.grad is not None}
         if filled:
             torch._foreach_copy_([self._views[name] for name in filled], list(filled.values()))
         for parameter in self._half.values():
             parameter.grad = None
+        for name, parameter in self.parameters.items():
+            parameter.grad = self._views[name]
 
     @torch.no_grad()
     def unscale(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
@@ -175,8 +177,8 @@ class Precision:
         return float(self._scaler.get_scale()) if self.mode == "amp" else 1.0
 
     def bytes_of_a_step(self) -> int:
-        """Half copies of the weights, or their half gradients, that exist during a step alone."""
-        return 2 * self.gradient.numel() if self.mode is not None else 0
+        """Gradients before they are collected, and half copies of the weights, which exist during a step alone."""
+        return {None: 4, "inflat_all": 2, "amp": 6, "bf16": 6}[self.mode] * self.gradient.numel()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state with masters in place of half weights: what a checkpoint holds."""
