@@ -5,6 +5,7 @@ import pytest
 import trimesh
 from sdf_oracle import SIGN_TOLERANCE, assert_matches, block_voxels, oracle_distance, oracle_winding
 
+from trellis.geometry.isosurface import extract_mesh
 from trellis.geometry.sdf import mesh_to_sparse_sdf
 from trellis.geometry.transforms import (
     check_to_world,
@@ -14,6 +15,7 @@ from trellis.geometry.transforms import (
     world_to_grid,
 )
 from trellis.utils.blocks import BlockLookup, morton_encode
+from trellis.utils.mesh_repair import clean_mesh
 
 
 def check_against_oracle(vertices, faces, resolution, *, sample=None, band=4, **options):
@@ -225,6 +227,37 @@ def test_winding_sign_serves_open_surfaces_when_asked():
     radius = np.linalg.norm(world, axis=1)
     clear = (np.abs(radius - 1) > 0.05) & (world[:, 2] < 0.8)
     assert ((values < 0) == (radius < 1))[clear].all()
+
+
+@pytest.mark.slow
+def test_two_million_triangles():
+    """Cleaned and sampled at 64, hundreds of triangles a voxel of the surface, against the torus itself."""
+    mesh = trimesh.creation.torus(1.0, 0.4, major_sections=1430, minor_sections=700)
+    assert len(mesh.faces) == 2_002_000
+    vertices, faces = clean_mesh(np.asarray(mesh.vertices), np.asarray(mesh.faces))[:2]
+    assert len(faces) == len(mesh.faces), "nothing to repair"
+    blocks = mesh_to_sparse_sdf(vertices, faces, 64)
+    coords, values = block_voxels(blocks)
+    p = grid_to_world(voxel_centres(coords, 64), blocks.to_world)
+    expected = (np.hypot(np.hypot(p[:, 0], p[:, 1]) - 1.0, p[:, 2]) - 0.4) / blocks.to_world[0, 0] * 64
+    assert np.abs(values * 4 - np.clip(expected, -4, 4)).max() < 0.01
+    assert ((values < 0) == (expected < 0))[np.abs(expected) > SIGN_TOLERANCE].all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_a_plate_between_voxel_centres_has_no_inside_and_says_so(shift, caplog):
+    """A plate of 0.2 voxels: between the centres its field and mesh warn, across them it has an inside."""
+    resolution = 64
+    plate = trimesh.creation.box([0.8, 0.6, 0.2 / resolution])
+    # centres lie at half voxels from the cube's middle: the plate there touches none, moved by 0.5 it holds a layer
+    for offset, hollow in ((shift, True), (0.5, False)):
+        caplog.clear()
+        vertices = np.asarray(plate.vertices) + [0.0, 0.0, offset / resolution]
+        blocks = mesh_to_sparse_sdf(vertices, plate.faces, resolution, to_world=np.eye(4))
+        warned = "no voxel centre is inside the shape at resolution 64" in caplog.text
+        assert blocks.num_blocks and warned == hollow == (not (blocks.block_sdf < 0).any())
+        _, faces = extract_mesh(blocks)
+        assert (len(faces) == 0) == hollow == ("its mesh is empty" in caplog.text)
 
 
 def test_inward_surface_is_refused():

@@ -62,7 +62,7 @@ def test_cuda_gives_the_oracle_s_result(resolution, size):
     vertices, faces = bent_torus(*size)
     blocks = mesh_to_sparse_sdf(vertices, faces, resolution, device="cuda")
     coords, values = block_voxels(blocks)
-    pick = np.random.default_rng(0).choice(len(coords), 300, replace=False)
+    pick = np.random.default_rng(0).choice(len(coords), 60, replace=False)
     points = voxel_centres(coords[pick], resolution)
     grid = world_to_grid(vertices, blocks.to_world)
     distance = oracle_distance(points, grid, faces) * resolution

@@ -344,6 +344,22 @@ def test_schema_1_on_request(tmp_path):
     assert set(np.load(path).files) == {"sparse_sdf", "sparse_index", "resolution"}
 
 
+def test_shapes_between_voxel_centres_are_counted(tmp_path):
+    """A plate of 0.1 voxel: prepared, with a line that says how many and which; one that is thick is not counted."""
+    root, out = make_patients(tmp_path / "in", 1), tmp_path / "out"
+    vertices, faces = ellipsoid()
+    write_stl(root / "patient_01" / "plate.stl", np.where(vertices > 0, 1, -1) * (10.0, 8.0, 0.03), faces)
+    summary = prepare_dataset(root, out, **OPTIONS)
+    (row,) = (row for row in rows_of(out) if row["label"] == "plate")
+    (line,) = (warning for warning in summary.warnings if "between voxel centres at 32" in warning)
+    assert line.startswith("1 shapes") and row["sha256"] in line and not row["error"]
+    assert float(row["min_thickness_voxels"]) < 0.2
+    blocks = load_sparse_sdf(out / "sparse_sdf" / f"{row['sha256']}_r32.npz")
+    assert blocks.num_blocks == int(row["r32_num_blocks"]) and not (blocks.block_sdf < 0).any()
+    inside = [json.loads(path.read_text()).get("num_inside") for path in (out / "records").rglob("*.json")]
+    assert sorted(n > 0 for n in inside if n is not None) == [False, True]
+
+
 def test_records_hold_no_absolute_time_or_path(prepared):
     root, out, _ = prepared
     for path in (out / "records").rglob("*.json"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from trellis.geometry.block_complement import OFFSETS_27, PaddedBlocks, inside_mask
@@ -9,6 +11,9 @@ from trellis.geometry.mc_table import CORNERS, EDGES, case_table
 from trellis.geometry.sharp_features import sharpen
 from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks
 
+logger = logging.getLogger(__name__)
+
+NOTHING_INSIDE = "the field has no negative value, so its mesh is empty: the shape may lie between voxel centres"
 _CHUNK_BLOCKS = 2048
 _CHUNK_FACES = 1 << 20
 EDGE_MARGIN = 1e-3
@@ -36,7 +41,8 @@ def extract_mesh(blocks: SparseSDFBlocks) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         vertices: [V, 3] float64, world mm, or the grid space [-0.5, 0.5]^3 if `to_world` is None.
-        faces: [F, 3] int64, right-handed normals pointing outward. Empty arrays when nothing is inside.
+        faces: [F, 3] int64, right-handed normals pointing outward. Empty arrays, and a warning in
+            the log, when nothing is inside.
 
     Raises:
         ValueError: values that are not finite, a block listed twice or outside the grid.
@@ -51,6 +57,8 @@ def extract_mesh(blocks: SparseSDFBlocks) -> tuple[np.ndarray, np.ndarray]:
     faces, table_rows = _faces(rows, neighbours, len(padded.coords), edge_vertex, cells, cases)
     del edge_vertex, cells, cases
     vertices, normals, faces = sharpen(vertices, normals, reliable, faces, table_rows)
+    if not len(faces):
+        logger.warning(NOTHING_INSIDE)
     vertices = _balance_chords(vertices, normals, faces)
     vertices = (vertices + 0.5) / blocks.resolution - 0.5
     if blocks.to_world is not None:

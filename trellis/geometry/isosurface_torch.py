@@ -20,6 +20,8 @@ from trellis.geometry.isosurface import (
     KINK_RATIO,
     KINKED_GRADIENT,
     MAX_CORRECTION_VOXELS,
+    NOTHING_INSIDE,
+    logger,
 )
 from trellis.geometry.mc_table import CORNERS, EDGES, case_table
 from trellis.geometry.sharp_features_torch import sharpen_tensors
@@ -97,6 +99,8 @@ def extract_mesh_tensors(
     edges = _crossed_edges(block_sdf, padded, rows, neighbours, band_voxels, sizes)
     faces, table_rows = _faces(rows, neighbours, len(padded.coords), edges, sizes)
     del padded, neighbours, rows
+    if not len(faces):
+        logger.warning(NOTHING_INSIDE)
     vertices, normals, faces = sharpen_tensors(
         edges.vertices, edges.normals, edges.reliable, faces, table_rows, sizes.faces
     )

@@ -75,7 +75,8 @@ def mesh_to_sparse_sdf(
         times: receives the time of each stage.
 
     Returns:
-        SparseSDFBlocks with blocks in Morton order.
+        SparseSDFBlocks with blocks in Morton order. A shape without a voxel centre inside gives a field without a
+        negative value, and a warning in the log.
 
     Raises:
         ValueError: bad shapes, non-finite vertices, indices out of range, no faces, a resolution or transform that is
@@ -115,6 +116,11 @@ def mesh_to_sparse_sdf(
     candidates = _refine(wp, surface, resolution, band_voxels)
     times.lap("refine")
     found = _fill_blocks(wp, surface, signs, candidates, band_voxels, times)
+    if not (found[1] < 0).any():
+        logger.warning(
+            "no voxel centre is inside the shape at resolution %d: it passes between them, and no mesh can be made from "
+            "this field; use a higher resolution or a smaller cube", resolution
+        )  # fmt: skip
     return SparseSDFBlocks(*found, to_world, resolution, int(band_voxels))
 
 

@@ -74,7 +74,7 @@ def build_metadata(
         row, of_shape = _row(out, shape, run)
         failures.extend(of_shape)
         rows.append(row)
-    warnings += _thin_warnings(rows, run["resolutions"])
+    warnings += _thin_warnings(rows, run["resolutions"]) + _hollow_warnings(rows, run["resolutions"])
     done = {row["patient_id"] for row in rows if not row["error"]}
     keys = {patient: patient_order_key(seed, contents[patient]) for patient in done}
     given = _given_splits(parts)
@@ -176,6 +176,7 @@ def _row(out: Path, shape: dict[str, Any], run: dict[str, Any]) -> tuple[dict[st
         else:
             row[f"r{resolution}_num_voxels"] = record["num_voxels"]
             row[f"r{resolution}_num_blocks"] = record["num_blocks"]
+            row[f"r{resolution}_num_inside"] = record.get("num_inside")
             thickness, voxel = shape["min_thickness_mm"], record["voxel_size_mm"]
             if thickness is not None and voxel:
                 row[f"r{resolution}_thickness"] = thickness / voxel
@@ -195,6 +196,22 @@ def _thin_warnings(rows: Sequence[dict[str, Any]], resolutions: Sequence[int]) -
             warnings.append(
                 f"{count} shapes are thinner than {THIN_VOXELS} voxels at {resolution}, parts of them may be lost; "
                 f"the thinnest, {value:.2f}, is label {label}, {sha256}"
+            )
+    return warnings
+
+
+def _hollow_warnings(rows: Sequence[dict[str, Any]], resolutions: Sequence[int]) -> list[str]:
+    """One line a resolution at which shapes have no voxel centre inside, with the first of them."""
+    warnings = []
+    for resolution in resolutions:
+        hollow = sorted(
+            (row["sha256"], row["label"]) for row in rows if row.pop(f"r{resolution}_num_inside", None) == 0
+        )
+        if hollow:
+            sha256, label = hollow[0]
+            warnings.append(
+                f"{len(hollow)} shapes lie between voxel centres at {resolution}: their fields have no inside, and no "
+                f"mesh comes back from them; the first is label {label}, {sha256}"
             )
     return warnings
 

@@ -207,6 +207,7 @@ def compute_sdf(task: SDFTask) -> dict[str, Any]:
         record |= {
             "num_voxels": int(np.count_nonzero(blocks.active)),
             "num_blocks": blocks.num_blocks,
+            "num_inside": int(np.count_nonzero(blocks.block_sdf < 0)),
             "voxel_size_mm": blocks.voxel_size_mm,
             "bytes": path.stat().st_size,
             "seconds": round(time.perf_counter() - start, 3),
