@@ -106,12 +106,6 @@ def dataset(path: Path) -> None:
         samples[index]
 
 
-def inspect(path: Path) -> None:
-    from trellis.pipelines.inspect_file import inspect_path
-
-    inspect_path(path)
-
-
 def resolution(path: Path) -> None:
     """Preparation at the resolution that the file names."""
     from trellis.preparation.prepare import prepare_dataset

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trellis.pipelines.shape_inputs import is_prepared_file
 from trellis.utils.io_utils import load_sparse_sdf
+
+if TYPE_CHECKING:
+    from trellis.geometry.volume import LabelVolume
 
 Facts = dict[str, Any]
 
@@ -23,7 +27,6 @@ def inspect_file(path: str | Path, *, mesh_space: str = "LPS") -> Facts:
         ValueError: no such file, or of no known kind. A file of a known kind that cannot be used is no error here: its
             facts hold `refused`.
     """
-    from trellis.geometry.volume import is_volume_file
     from trellis.utils.mesh_utils import is_mesh_file
 
     path = Path(path)
@@ -32,8 +35,8 @@ def inspect_file(path: str | Path, *, mesh_space: str = "LPS") -> Facts:
     kinds = (
         ("prepared shape", is_prepared_file, _prepared),
         ("tokens", _is_token_file, _tokens),
+        ("volume", _is_volume, _volume),
         ("model", _is_model, _model),
-        ("volume", is_volume_file, _volume),
         ("mesh", is_mesh_file, lambda p: _mesh(p, mesh_space)),
     )
     for kind, belongs, read in kinds:
@@ -87,23 +90,85 @@ def _mesh(path: Path, mesh_space: str) -> Facts:
     return {**facts, "afterwards": {"vertices": len(vertices), "faces": len(faces), "volume_ml": volume_ml}}
 
 
-def _volume(path: Path) -> Facts:
-    from trellis.geometry.volume import labels_of, read_volume
+def _is_volume(path: Path) -> bool:
+    """A volume file, or a folder of mask files or of DICOM slices."""
+    from trellis.geometry.dicom_check import is_dicom
+    from trellis.geometry.volume import is_volume_file
 
-    volume = read_volume(path)
-    counts = np.bincount(volume.data.reshape(-1)) if int(volume.data.max()) < 1 << 20 else None
+    if not path.is_dir():
+        return is_volume_file(path)
+    files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+    return any(is_volume_file(file) and not is_prepared_file(file) for file in files) or any(
+        file.suffix.lower() in ("", ".dcm", ".ima") and is_dicom(file) for file in files
+    )
+
+
+def _volume(path: Path) -> Facts:
+    """Grid, labels by the names that a preparation gives them, and what of each lies at the volume's border."""
+    from trellis.geometry.volume import read_label_layers
+
+    facts: Facts = {} if _has_masks(path) else _raw_volume(path)
+    try:
+        layers = read_label_layers(path)
+    except ValueError as error:
+        return {**facts, "refused": str(error)}
+    first = layers[0]
+    facts |= {"shape": list(first.data.shape), "spacing_mm": plain(first.spacing_mm)}
+    facts |= {"affine_to_ras_mm": plain(first.affine), "notes": sorted({n for layer in layers for n in layer.notes})}
+    if len(layers) > 1:
+        facts["overlapping_layers"] = len(layers)
+    return {**facts, **_labels(path, layers)}
+
+
+def _has_masks(path: Path) -> bool:
+    from trellis.geometry.volume import is_volume_file
+
+    return path.is_dir() and any(is_volume_file(file) for file in path.iterdir())
+
+
+def _raw_volume(path: Path) -> Facts:
+    """What a volume has whether or not it holds labels."""
+    from trellis.geometry.volume_readers import read_raw_volume
+
+    raw = read_raw_volume(path)
+    facts: Facts = {"shape": list(raw.data.shape)}
+    if raw.affine is not None:
+        facts |= {
+            "spacing_mm": plain(np.linalg.norm(raw.affine[:3, :3], axis=0)),
+            "affine_to_ras_mm": plain(raw.affine),
+        }
+    if raw.data.size:
+        low, high = float(raw.data.min()), float(raw.data.max())
+        finite = bool(np.isfinite(low) and np.isfinite(high))
+        facts["values"] = f"{raw.data.dtype}, {f'{low:.6g} to {high:.6g}' if finite else 'not all finite'}"
+    return {**facts, "notes": list(raw.notes)}
+
+
+def _labels(path: Path, layers: Sequence[LabelVolume]) -> Facts:
+    from trellis.geometry.label_names import read_label_names
+    from trellis.geometry.source_grid import label_boxes
+    from trellis.geometry.volume import labels_of
+    from trellis.preparation.surfaces import find_table, names_of_labels
+
+    table = None if _has_masks(path) else find_table(path, path.parent)
+    own = {number: name for layer in layers for number, name in layer.names.items()}
+    known = {**own, **(read_label_names(table) if table else {})}
+    numbers = {number: layer for layer in layers for number in labels_of(layer)}
+    names = names_of_labels(list(numbers), known, None)
+    boxes = {number: box for layer in layers for number, box in label_boxes(layer.data, labels_of(layer)).items()}
     labels = []
-    for number in labels_of(volume):
-        voxels = int(counts[number]) if counts is not None else int(np.count_nonzero(volume.data == number))
-        entry: Facts = {"label": number, "voxels": voxels, "ml": voxels * volume.voxel_volume_mm3 / 1000}
-        labels.append({**entry, "name": volume.names[number]} if number in volume.names else entry)
-    return {
-        "shape": list(volume.data.shape),
-        "spacing_mm": plain(volume.spacing_mm),
-        "affine_to_ras_mm": plain(volume.affine),
-        "notes": list(volume.notes),
-        "labels": labels,
-    }
+    for number in sorted(numbers):
+        layer, box = numbers[number], boxes[number]
+        voxels = int(np.count_nonzero(layer.data[box] == number))
+        entry: Facts = {"label": number, "name": names[number], "voxels": voxels}
+        entry["ml"] = voxels * layer.voxel_volume_mm3 / 1000
+        if any(part.start == 0 or part.stop == size for part, size in zip(box, layer.data.shape)):
+            entry["at_border"] = "closed there"
+        if len(layers) > 1:
+            entry["layer"] = next(i for i, other in enumerate(layers) if other is layer)
+        labels.append(entry)
+    source = f"{table.name} beside it" if table else "the file" if own and not path.is_dir() else "the files' names"
+    return {"names_from": source if table or own else "none: labels are called by their numbers", "labels": labels}
 
 
 def _prepared(path: Path) -> Facts:
