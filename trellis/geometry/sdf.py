@@ -118,8 +118,8 @@ def mesh_to_sparse_sdf(
     found = _fill_blocks(wp, surface, signs, candidates, band_voxels, times)
     if not (found[1] < 0).any():
         logger.warning(
-            "no voxel centre is inside the shape at resolution %d: it passes between them, and no mesh can be made from "
-            "this field; use a higher resolution or a smaller cube", resolution
+            "no voxel centre is inside the shape at resolution %d: it passes between them, and no mesh can be made "
+            "from this field; use a higher resolution or a smaller cube", resolution
         )  # fmt: skip
     return SparseSDFBlocks(*found, to_world, resolution, int(band_voxels))
 
