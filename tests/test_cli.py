@@ -95,6 +95,7 @@ def test_help(command):
         (["encode", "no/such/../run", "y", "-o", "z"], "no such checkpoint"),
         (["evaluate", "one", "-o", "z"], "CKPT and DATA"),
         (["evaluate", "one", "two", "-o", "z", "--baseline", "magic"], "tsdf"),
+        (["evaluate", "one", "two", "-o", "z", "--tolerances-mm", "1,-2"], "tolerances-mm"),
         (["inspect", "/no/such/file.stl"], "no such file"),
         (["prepare", "/no/such/folder", "-o", "/tmp/none"], "must be a folder"),
         (["prepare", "/no/such/folder", "-o", "/tmp/none", "--resolutions", "64,big"], "whole numbers"),

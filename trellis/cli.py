@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -305,12 +306,15 @@ def evaluate(
     resolution: Resolution = None,
     baseline: Annotated[str | None, typer.Option(help="tsdf: score the TSDF itself; CKPT is not needed")] = None,
     workers: Annotated[int, typer.Option(help="processes that compute metrics")] = 1,
+    tolerances_mm: Annotated[
+        str, typer.Option("--tolerances-mm", help="of the normalised surface Dice, with commas between")
+    ] = "1,2",
     worst: Annotated[int, typer.Option(help="shapes that report.html shows pictures of, the worst first")] = 6,
     device: Device = None,
     no_ema: NoEma = False,
     debug: Debug = False,
 ) -> int:
-    """Score decoded meshes against the truth: metrics.csv, summary.json and report.html."""
+    """Score decoded meshes against the truth: metrics.csv, labels.csv, patients.csv, summary.json and report.html."""
     from trellis.pipelines.evaluate import BASELINES, evaluate_dataset, table
     from trellis.pipelines.tokenizer import SparseSDFTokenizer
 
@@ -318,13 +322,19 @@ def evaluate(
         raise ValueError(f"--baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
     if len(inputs) != 2 and not (baseline and len(inputs) == 1):
         raise ValueError(f"evaluate takes CKPT and DATA (DATA alone with --baseline), got {len(inputs)} arguments")
+    try:
+        tolerances = [float(word) for word in tolerances_mm.split(",")]
+    except ValueError:
+        tolerances = []
+    if not tolerances or not all(0 < value < math.inf for value in tolerances):
+        raise ValueError(f"--tolerances-mm must be numbers above 0 with commas between, got {tolerances_mm!r}")
     tokenizer = None
     if baseline is None:
         tokenizer = SparseSDFTokenizer.from_pretrained(inputs[0], device=device, ema=not no_ema)
     with progress_on_stderr("evaluating") as progress:
         summary = evaluate_dataset(
             tokenizer, inputs[-1], out, split=split.value, resolution=resolution, workers=workers, worst=worst,
-            progress=progress,
+            tolerances_mm=tolerances, progress=progress,
         )  # fmt: skip
     print(table(summary))
     print(f"{out}: metrics.csv, summary.json, report.html")

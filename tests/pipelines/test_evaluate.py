@@ -83,6 +83,24 @@ def test_baseline_scores_the_tsdf_itself(dataset, tmp_path):
     assert "codes" not in table(summary)
 
 
+def test_tolerances_and_tables_of_groups(dataset, tmp_path):
+    out = tmp_path / "eval"
+    summary = evaluate_dataset(None, dataset, out, num_samples=500, tolerances_mm=(0.5, 3), worst=0)
+    assert {"nsd_0.5mm", "nsd_3mm"} <= summary.keys() & summary["ceiling"].keys() and "nsd_1mm" not in summary
+    text = (out / "report.html").read_text()
+    assert text.index("NSD at 0.5 mm") < text.index("NSD at 3 mm")
+    rows, tables = read_csv(out / "metrics.csv"), {}
+    for key, name in (("label", "labels.csv"), ("patient_id", "patients.csv")):
+        tables[key] = {(row[key], row["metric"]): row for row in read_csv(out / name)}
+        for metric in ("dice", "hd_mm", "assd_voxels", "normal_consistency", "volume_error_fraction", "nsd_3mm_tsdf"):
+            for group in {row[key] for row in rows}:
+                values = [float(row[metric]) for row in rows if row[key] == group]
+                found = tables[key][group, metric]
+                assert float(found["mean"]) == pytest.approx(np.mean(values)) and int(found["n"]) == len(values)
+                assert float(found["p95"]) == pytest.approx(np.quantile(values, 0.95))
+                assert float(found["ci_low"]) <= np.mean(values) + 1e-12
+
+
 def test_labels_are_scored_on_their_own_voxels_too(tmp_path):
     """Two boxes of 6 x 7 x 6 and 4 x 4 x 5 voxels of 1.5 x 1 x 2 mm, prepared from a NIfTI."""
     nibabel = pytest.importorskip("nibabel")

@@ -15,7 +15,7 @@ import numpy as np
 from trellis.geometry.metrics_summary import bits_per_shape, summarise, summarise_by
 from trellis.pipelines.batch import HANDLED, Failure, Progress, one_line, write_errors
 from trellis.pipelines.report import Case, worst_rows, write_report
-from trellis.pipelines.scoring import TSDF_SUFFIX, Pair, score_pairs, true_surface
+from trellis.pipelines.scoring import TOLERANCES_MM, TSDF_SUFFIX, Pair, score_pairs, true_surface
 from trellis.pipelines.tokenizer import SparseSDFTokenizer
 from trellis.utils.io_utils import atomic_write, load_sparse_sdf, write_json
 
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 BASELINES = ("tsdf",)
 METRICS_NAME, SUMMARY_NAME, REPORT_NAME = "metrics.csv", "summary.json", "report.html"
+GROUP_TABLES = {"label": "labels.csv", "patient_id": "patients.csv"}
 IN_GROUPS = ("dice", "dice_blocks", "hd95_mm", "assd_mm", "nsd_1mm", "volume_error_fraction", "dice_source")
-"""Metrics that summary.json has for each label and patient."""
+"""Metrics that summary.json has for each label and patient; labels.csv and patients.csv have all."""
 
 
 def evaluate_dataset(
@@ -36,10 +37,13 @@ def evaluate_dataset(
     resolution: int | None = None,
     workers: int = 1,
     num_samples: int = 100_000,
+    tolerances_mm: Sequence[float] = TOLERANCES_MM,
     worst: int = 6,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Encode, decode and score every shape of a split; write metrics.csv, summary.json and report.html.
+
+    labels.csv and patients.csv have every metric for each label and each patient.
 
     Truth is `meshes/{sha256}.ply`, the surface that the TSDF was made from. Where a dataset has none, the TSDF's own
     surface takes its place (`truth` is "tsdf" in metrics.csv). Shapes that came from labels are also compared with the
@@ -53,7 +57,8 @@ def evaluate_dataset(
         data: a prepared folder. split: "train", "val", "test" or "all".
         resolution: of the prepared files; default: what the model was trained at, else the only one there.
         workers: processes that compute metrics.
-        num_samples: points on each surface, see `evaluate_pair`. worst: shapes that report.html has pictures of.
+        num_samples: points on each surface, see `evaluate_pair`. tolerances_mm: of the normalised surface
+            Dice. worst: shapes that report.html has pictures of.
 
     Returns:
         What stands in summary.json: n, n_failed, dice {mean, median, p05, p95}, dice_blocks, hd95_mm, assd_mm and more,
@@ -79,7 +84,7 @@ def evaluate_dataset(
                 failures.append(Failure(item.sha256, item.sha256, "encode", one_line(error)))
                 rows.append(_failed_row(data, item.sha256, item.label, item.patient_id))
 
-    for pair, score in score_pairs(pairs(), workers, num_samples):
+    for pair, score in score_pairs(pairs(), workers, num_samples, tolerances_mm):
         identity = {"sha256": pair.sha256, "label": pair.label, "patient_id": pair.patient_id}
         try:
             rows.append({**identity, **score()})
@@ -89,6 +94,7 @@ def evaluate_dataset(
         progress(len(rows), len(dataset.items))
     progress(len(dataset.items), len(dataset.items))
     rows.sort(key=lambda row: row["sha256"])
+    groups = {key: summarise_by(rows, key) for key in GROUP_TABLES}
     summary = {
         "n": len(rows),
         "n_failed": len(failures),
@@ -100,10 +106,12 @@ def evaluate_dataset(
         **codes.figures(),
         "codebook_size": tokenizer.codebook_size if tokenizer else None,
         "model_hash": tokenizer.model_hash if tokenizer else None,
-        "labels": {name: figures_of(found, IN_GROUPS) for name, found in summarise_by(rows, "label").items()},
-        "patients": {name: figures_of(found, IN_GROUPS) for name, found in summarise_by(rows, "patient_id").items()},
+        "labels": {name: figures_of(found, IN_GROUPS) for name, found in groups["label"].items()},
+        "patients": {name: figures_of(found, IN_GROUPS) for name, found in groups["patient_id"].items()},
     }
     write_rows(out / METRICS_NAME, rows)
+    for key, name in GROUP_TABLES.items():
+        write_group_table(out / name, key, groups[key])
     write_errors(out, failures)
     write_json(out / SUMMARY_NAME, summary)
     items = {item.sha256: item for item in dataset.items}
@@ -220,5 +228,19 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     table = csv.DictWriter(text, [*columns, "error"], restval="", lineterminator="\n")
     table.writeheader()
     table.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    with atomic_write(path) as stream:
+        stream.write(text.getvalue().encode())
+
+
+def write_group_table(path: Path, key: str, groups: dict[str, dict[str, Any]]) -> None:
+    """labels.csv, patients.csv: a line for every metric of every group, with its mean, spread and interval."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    figures = ("n", "mean", "median", "p05", "p95", "ci_low", "ci_high")
+    table.writerow([key, "metric", *figures])
+    for name, found in groups.items():
+        for metric, value in found.items():
+            if isinstance(value, dict):
+                table.writerow([name, metric, *(value[figure] for figure in figures)])
     with atomic_write(path) as stream:
         stream.write(text.getvalue().encode())

@@ -24,12 +24,13 @@ COLUMNS = (
     ("bits_per_block", "bits/token", ".2f"),
 )  # fmt: skip
 """Column of metrics.csv, its title, and its number format."""
+_NSD = "nsd_"
 METRICS = (
     ("dice", "Dice", ".4f"), ("iou", "IoU", ".4f"), ("dice_blocks", "Dice in the blocks", ".4f"),
     ("dice_source", "Dice on the source's voxels", ".4f"), ("hd_mm", "HD, mm", ".3f"),
     ("hd95_mm", "HD95, mm", ".3f"), ("assd_mm", "ASSD, mm", ".3f"),
     ("hd95_voxels", "HD95, voxels", ".3f"), ("assd_voxels", "ASSD, voxels", ".3f"),
-    ("chamfer_mm", "Chamfer, mm", ".3f"), ("nsd_1mm", "NSD at 1 mm", ".4f"), ("nsd_2mm", "NSD at 2 mm", ".4f"),
+    ("chamfer_mm", "Chamfer, mm", ".3f"), (_NSD, "", ""),
     ("f_score_1voxel", "F-score at 1 voxel", ".4f"), ("normal_consistency", "normal consistency", ".4f"),
     ("volume_error_fraction", "volume error", "+.2%"),
     ("volume_error_source_fraction", "volume error on the source's voxels", "+.2%"),
@@ -146,12 +147,23 @@ def _tiles(summary: dict[str, Any]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
+def _metrics_of(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Those of METRICS that some group has; the normalised surface Dice at whatever tolerances were asked for."""
+    present = {name: None for group in groups for name in group}
+    found = []
+    for name, title, pattern in METRICS:
+        if name == _NSD:
+            tolerances = sorted((nsd for nsd in present if nsd.startswith(_NSD)), key=lambda nsd: float(nsd[4:-2]))
+            found += [(nsd, f"NSD at {nsd[4:-2]} mm", ".4f") for nsd in tolerances]
+        elif name in present:
+            found.append((name, title, pattern))
+    return found
+
+
 def _summary_table(summary: dict[str, Any]) -> str:
     titles = ["", "mean", "95 % interval", "median", "5th pct.", "95th pct.", "TSDF"]
     rows = []
-    for name, title, pattern in METRICS:
-        if name not in summary:
-            continue
+    for name, title, pattern in _metrics_of([summary]):
         value, ceiling = summary[name], summary["ceiling"].get(name)
         interval = f"{value['ci_low']:{pattern}} to {value['ci_high']:{pattern}}"
         cells = [f"{value[key]:{pattern}}" for key in ("mean", "median", "p05", "p95")]
@@ -162,7 +174,7 @@ def _summary_table(summary: dict[str, Any]) -> str:
 
 
 def _group_table(groups: dict[str, dict[str, Any]], kind: str) -> str:
-    metrics = [m for m in METRICS if any(m[0] in group for group in groups.values())]
+    metrics = _metrics_of(list(groups.values()))
     titles = [kind, "shapes"]
     for name, title, _ in metrics:
         titles += [title, "TSDF"] if any(name in group["ceiling"] for group in groups.values()) else [title]

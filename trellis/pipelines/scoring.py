@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,11 +15,13 @@ from trellis.utils.blocks import SparseSDFBlocks
 
 TSDF_SUFFIX = "_tsdf"
 """Marks the columns of the TSDF itself, the ceiling of every model at its resolution."""
+TOLERANCES_MM = (1.0, 2.0)
+"""Of the normalised surface Dice, unless others are given."""
 CEILING = (
-    "dice", "iou", "dice_source", "hd_mm", "hd95_mm", "assd_mm", "chamfer_mm", "hd95_voxels", "assd_voxels", "nsd_1mm",
-    "nsd_2mm", "f_score_1voxel", "normal_consistency", "volume_error_fraction", "volume_error_source_fraction",
-    "euler_match",
+    "dice", "iou", "dice_source", "hd_mm", "hd95_mm", "assd_mm", "chamfer_mm", "hd95_voxels", "assd_voxels",
+    "f_score_1voxel", "normal_consistency", "volume_error_fraction", "volume_error_source_fraction", "euler_match",
 )  # fmt: skip
+"""Metrics that the TSDF has a column of; those that start with nsd_ too."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class Pair:
 
 
 def score_pairs(
-    pairs: Iterator[Pair], workers: int, num_samples: int
+    pairs: Iterator[Pair], workers: int, num_samples: int, tolerances_mm: Sequence[float] = TOLERANCES_MM
 ) -> Iterator[tuple[Pair, Callable[[], dict[str, Any]]]]:
     """Each pair with a function that gives its row or raises; in processes of their own when there are several."""
     if workers <= 1:
         for pair in pairs:
-            yield pair, lambda pair=pair: score_pair(pair, num_samples)
+            yield pair, lambda pair=pair: score_pair(pair, num_samples, tolerances_mm)
         return
     # spawn: a forked child would share the parent's CUDA context and thread pools
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting: list[tuple[Pair, Future]] = []
         for pair in pairs:
-            waiting.append((pair, pool.submit(score_pair, pair, num_samples)))
+            waiting.append((pair, pool.submit(score_pair, pair, num_samples, tolerances_mm)))
             if len(waiting) > 2 * workers:  # bounds the shapes that are in memory at once
                 first, future = waiting.pop(0)
                 yield first, future.result
@@ -63,7 +65,9 @@ def score_pairs(
             yield pair, future.result
 
 
-def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
+def score_pair(
+    pair: Pair, num_samples: int = 100_000, tolerances_mm: Sequence[float] = TOLERANCES_MM
+) -> dict[str, Any]:
     """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name."""
     from trellis.geometry.isosurface import extract_mesh
     from trellis.geometry.metrics import dice_blocks, evaluate_pair
@@ -73,7 +77,7 @@ def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
     tsdf = extract_mesh(blocks)
     truth = tsdf if pair.truth is None else true_surface(pair)
     frame = np.eye(4) if blocks.to_world is None else blocks.to_world
-    options = {"to_world": frame, "num_samples": num_samples}
+    options = {"to_world": frame, "num_samples": num_samples, "tolerances_mm": tolerances_mm}
     source = None if pair.mask is None else load_source_mask(pair.mask)
 
     def scores(mesh: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def score_pair(pair: Pair, num_samples: int = 100_000) -> dict[str, Any]:
     else:
         row |= scores(extract_mesh(pair.decoded))
         row["dice_blocks"] = dice_blocks(pair.decoded, blocks)
-    row |= {f"{name}{TSDF_SUFFIX}": ceiling[name] for name in CEILING if name in ceiling}
+    row |= {f"{name}{TSDF_SUFFIX}": ceiling[name] for name in ceiling if name in CEILING or name.startswith("nsd_")}
     if blocks.to_world is None:  # grid units are no millimetres
         row = {name: None if "_mm" in name or "_ml" in name or "nsd_" in name else v for name, v in row.items()}
     return row
