@@ -9,8 +9,9 @@ from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gemm import gather_gemm
 from trellis.modules.sparse.conv.triton_scalar import PROGRAMS, scalar_backward, scalar_forward
-from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PAIRS, PARENTS, PLAIN
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PAIRS, PARENTS, PLAIN, scalar_tile
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad, partial_sums, sum_partial
+from trellis.modules.sparse.kernels.support import cdiv
 from trellis.modules.sparse.levels import Grid
 
 SCALAR_GROUP = 2
@@ -99,7 +100,8 @@ def to_scalar_backward(
     hidden = torch.empty(count * SCALAR_GROUP, c_out, dtype=feats.dtype, device=feats.device)
     partial, share = partial_sums(feats, 2 * c_out, table, mode=PAIRS)
     launches = 8 // SCALAR_GROUP if count else 0
-    programs = PROGRAMS // SCALAR_GROUP * SCALAR_GROUP
+    tiles = cdiv(count, scalar_tile(c_in, c_out, feats.dtype).rows)
+    programs = SCALAR_GROUP * min(tiles, PROGRAMS // SCALAR_GROUP)
     sums = torch.empty(launches, programs, c_out + 1, dtype=torch.float32, device=feats.device)
     for i in range(launches):
         where = {"first_child": i * SCALAR_GROUP, "group": SCALAR_GROUP}
