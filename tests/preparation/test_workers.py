@@ -79,6 +79,22 @@ def speak(_):
     return os.environ["OMP_NUM_THREADS"]
 
 
+def test_a_script_without_a_main_guard_starts_workers(tmp_path):
+    make_patients(tmp_path / "in", 2)
+    script = (
+        "from trellis.preparation.prepare import prepare_dataset\n"
+        "print(prepare_dataset('in', 'out', resolutions=(32,), workers=1, progress=False).exit_code, __file__)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[0] == "0" and done.stdout.split()[1].endswith("script.py")
+
+
 def test_workers_are_gone_afterwards_however_it_ends():
     with pytest.raises(RuntimeError), open_runner(workers=2) as run:
         pids = set(dict(run(pid_of_worker, list(range(6)), lost)).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,24 +27,18 @@ def open_local_cluster(workers: int, memory_bytes: int) -> Iterator[Any]:
     from distributed.security import Security
 
     ours = {name: os.environ.get(name) for name in _worker_environment()}
-    with dask.config.set(_settings()), _silent_dask():
-        try:
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                security=Security.temporary(),  # a port is open to every user of the machine
-                dashboard_address="127.0.0.1:0",
-                scheduler_kwargs={"dashboard": False},
-                memory_limit=memory_bytes,
-                silence_logs=logging.CRITICAL,
-            )
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"worker processes cannot start ({error}). A script that calls this needs its calls below "
-                "if __name__ == '__main__', since workers import it; or workers=0 for no processes"
-            ) from error
+    with dask.config.set(_settings()), _silent_dask(), _nameless_main():
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            security=Security.temporary(),  # a port is open to every user of the machine
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
+            memory_limit=memory_bytes,
+            silence_logs=logging.CRITICAL,
+        )
         try:
             with cluster, Client(cluster) as client:
                 client.register_plugin(_stdout_to_stderr_plugin())
@@ -93,6 +88,20 @@ def _silent_dask() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """Workers do not import the caller's program, as if it were typed in: one without a `__main__` guard, or read from
+    stdin, could not start any. Tasks are functions of importable modules."""
+    main = sys.modules["__main__"]
+    names = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__spec__ = None
+    main.__dict__.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.__dict__.update(names)
 
 
 def _stdout_to_stderr_plugin() -> Any:
