@@ -50,6 +50,23 @@ def main(folder: Path) -> None:
         assert (summary.exit_code, summary.n_shapes) == (0, 8)
         assert len(list((out / "sparse_sdf").glob("*.npz"))) == 16 and not list(out.rglob("*.tmp"))
     assert prepare_dataset(root, out, resolutions=(32, 64), progress=False).n_computed == 0
+    lose_the_scheduler(folder)
+
+
+def lose_the_scheduler(folder: Path) -> None:
+    """A run whose scheduler goes away ends with an error that says so."""
+    cluster = LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None,
+        silence_logs=50, local_directory=str(folder / "dask"),
+    )  # fmt: skip
+    with open_runner(scheduler=cluster.scheduler_address) as run:
+        threading.Timer(1.0, cluster.close).start()
+        try:
+            list(run(time.sleep, [0.3] * 20, lost))
+        except ConnectionError as error:
+            assert "scheduler" in str(error)
+        else:
+            raise AssertionError("twenty tasks of 0.3 s were done in a second")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trellis.preparation.local_cluster import open_local_cluster
+from trellis.preparation.local_cluster import open_local_cluster, silent_dask
 
 BYTES_PER_WORKER = 3 << 30
 """Memory that a worker process is planned with: 1024 cubed of a large shape stays below it."""
@@ -74,12 +74,15 @@ def _run_here(
 def _cluster_client(scheduler: str) -> Iterator[Any]:
     from distributed import Client
 
-    try:
-        client = Client(scheduler, timeout="30s")
-    except (OSError, ValueError, TimeoutError) as error:
-        raise ValueError(f"scheduler must be a running Dask scheduler's address, got {scheduler!r}: {error}") from None
-    with client:
-        yield client
+    with silent_dask():
+        try:
+            client = Client(scheduler, timeout="30s")
+        except (OSError, ValueError, TimeoutError) as error:
+            raise ValueError(
+                f"scheduler must be a running Dask scheduler's address, got {scheduler!r}: {error}"
+            ) from None
+        with client:
+            yield client
 
 
 def _run_on_client(
@@ -90,9 +93,7 @@ def _run_on_client(
     Raises:
         ConnectionError: the scheduler is gone.
     """
-    from asyncio import CancelledError
-
-    from distributed import as_completed
+    from distributed import CancelledError, as_completed
     from distributed.scheduler import KilledWorker
 
     futures = {client.submit(_answer, function, task, pure=False): task for task in tasks}

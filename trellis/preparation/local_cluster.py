@@ -27,7 +27,7 @@ def open_local_cluster(workers: int, memory_bytes: int) -> Iterator[Any]:
     from distributed.security import Security
 
     ours = {name: os.environ.get(name) for name in _worker_environment()}
-    with dask.config.set(_settings()), _silent_dask(), _nameless_main():
+    with dask.config.set(_settings()), silent_dask(), _nameless_main():
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -77,7 +77,7 @@ def _worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def _silent_dask() -> Iterator[None]:
+def silent_dask() -> Iterator[None]:
     """What Dask says of dying workers stays unsaid: a task that is lost is reported as such."""
     loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado")]
     levels = [logger.level for logger in loggers]
