@@ -64,10 +64,14 @@ def test_a_task_that_takes_too_much_memory_is_ended():
     assert "more memory than its share" in results[600] and results[1] == 1
 
 
-def test_workers_print_to_stderr_and_dask_says_nothing(capfd):
-    threads = os.environ.get("OMP_NUM_THREADS")
+@pytest.mark.parametrize(("threads", "of_a_worker"), [(None, "1"), ("2", "2")])
+def test_workers_print_to_stderr_and_dask_says_nothing(capfd, monkeypatch, threads, of_a_worker):
+    if threads is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
     with open_runner(workers=2) as run:
-        assert dict(run(speak, [1, 2], lost)) == {1: "1", 2: "1"}
+        assert dict(run(speak, [1, 2], lost)) == {1: of_a_worker, 2: of_a_worker}
         dict(run(die_on_three, [3], lost))
     assert os.environ.get("OMP_NUM_THREADS") == threads
     out, error = capfd.readouterr()
