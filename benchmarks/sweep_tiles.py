@@ -34,6 +34,7 @@ from trellis.modules.sparse.conv.triton_tiles import (
     wgrad_tile,
 )
 from trellis.modules.sparse.conv.triton_wgrad import gather_wgrad, partial_sums
+from trellis.modules.sparse.kernels.support import shared_memory
 from trellis.modules.sparse.levels import build_pyramid
 
 PLAIN_LAYERS = [
@@ -74,7 +75,7 @@ def rows(count: int, channels: int, dtype: torch.dtype, scale: float = 1.0) -> T
 
 def jobs(resolution: int, dtype: torch.dtype) -> Iterator[Job]:
     """Name, tile of the table, candidates, and a launch with a given tile."""
-    batch = shell_batch(resolution, "cuda")
+    batch, memory = shell_batch(resolution, "cuda"), shared_memory(torch.device("cuda"))
     values = (batch[key] for key in ("block_coords", "block_sdf", "active", "level_sizes"))
     pyramid = build_pyramid(*values, num_samples=1, extent=resolution // 8)
     grids = {f"E{i}": pyramid.grids[i] for i in (1, 2, 3)}
@@ -83,26 +84,26 @@ def jobs(resolution: int, dtype: torch.dtype) -> Iterator[Job]:
         table, count = grids[name].tap_table, grids[name].num_rows
         x, g = rows(count, a, dtype), rows(count, b, dtype)
         w = rows(27 * a, b, dtype, (27 * a) ** -0.5).view(27, a, b)
-        base = gemm_tile(a, b, PLAIN, dtype)
+        base = gemm_tile(a, b, PLAIN, dtype, memory)
         launch = partial(gather_gemm, x, w, None, table)
         yield f"gemm {name} {a} -> {b}", base, candidates(base, gemm_shapes(base)), launch
         if (name, a) != ("E1", 32):
-            base = gemm_tile(b, a, PLAIN, dtype)
+            base = gemm_tile(b, a, PLAIN, dtype, memory)
             launch = partial(gather_gemm, g, w, None, table, gradient=True)
             yield f"gemm {name} {b} -> {a} gradient", base, candidates(base, [], (3, 4)), launch
-        base = wgrad_tile(a, b, PLAIN, dtype)
+        base = wgrad_tile(a, b, PLAIN, dtype, memory)
         yield from wgrad_jobs(f"wgrad {name} {a} -> {b}", x, g, table, PLAIN, base, (1, 3))
     for name, c in CHILD_LAYERS:
         table, count = grids[name].tap_table, grids[name].num_rows
         x, g = rows(count, c, dtype), rows(8 * count, c, dtype)
         w = rows(64 * c, c, dtype, (27 * c) ** -0.5).view(64, c, c)
-        base = gemm_tile(c, c, CHILDREN, dtype)
+        base = gemm_tile(c, c, CHILDREN, dtype, memory)
         launch = partial(gather_gemm, x, w, None, table, mode=CHILDREN)
         yield f"gemm {name} {c} -> {c} children", base, candidates(base, gemm_shapes(base)), launch
-        base = gemm_tile(c, c, PARENTS, dtype)
+        base = gemm_tile(c, c, PARENTS, dtype, memory)
         launch = partial(gather_gemm, g, w, None, table, mode=PARENTS, gradient=True)
         yield f"gemm {name} {c} -> {c} parents", base, candidates(base, [], (3, 4)), launch
-        base = wgrad_tile(c, c, CHILDREN, dtype)
+        base = wgrad_tile(c, c, CHILDREN, dtype, memory)
         yield from wgrad_jobs(f"wgrad {name} {c} -> {c} children", x, g, table, CHILDREN, base, (2, 4))
     name, c = LAST_LAYER
     table, count = grids[name].tap_table, grids[name].num_rows
@@ -111,17 +112,17 @@ def jobs(resolution: int, dtype: torch.dtype) -> Iterator[Job]:
     bias, out_weight, out_bias = rows(1, c, dtype)[0], rows(1, c, dtype), rows(1, 1, dtype)[0]
     values, grad = (torch.randn(count, 8, device="cuda") for _ in range(2))
     sums = torch.empty(PROGRAMS, c + 1, device="cuda")
-    base = scalar_tile(c, c, dtype)
+    base = scalar_tile(c, c, dtype, memory)
     tiles = candidates(base, gemm_shapes(base))
     yield "scalar forward", base, tiles, partial(scalar_forward, x, w, bias, out_weight, out_bias, table)
 
     where = {"first_child": 2, "group": 2, "hidden": hidden, "sums": sums}
     launch = partial(scalar_backward, grad, values, x, w, bias, out_weight, table, **where)
     yield "scalar backward, 2 children", base, tiles, launch
-    base = gemm_tile(c, c, PARENTS, dtype)
+    base = gemm_tile(c, c, PARENTS, dtype, memory)
     launch = partial(gather_gemm, hidden, w, None, table, mode=PARENTS, gradient=True, group=2)
     yield "gemm D2 32 -> 32 parents, 2 children", base, candidates(base, gemm_shapes(base)), launch
-    base = wgrad_tile(c, 2 * c, PAIRS, dtype)
+    base = wgrad_tile(c, 2 * c, PAIRS, dtype, memory)
     yield from wgrad_jobs("wgrad D2 32 -> 2 x 32 pairs", x, hidden.view(count, -1), table, PAIRS, base, (2, 3, 4))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from trellis.modules.sparse.conv.collapse import collapse_grad, collapse_rule
 from trellis.modules.sparse.levels import Grid
@@ -49,30 +50,29 @@ def conv_forward(feats: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid)
     return out
 
 
-def _before_silu(grad: Tensor, gate: Tensor | None) -> Tensor:
-    """The gradient of what a SiLU read, `gate`, from that of what it gave."""
-    return grad if gate is None else torch.ops.aten.silu_backward(grad, gate)
+def _read(feats: Tensor, activate: bool) -> Tensor:
+    """What a convolution reads of feats: themselves, or their SiLU."""
+    return silu(feats) if activate else feats
+
+
+def _before_silu(grad: Tensor, feats: Tensor, activate: bool) -> Tensor:
+    """The gradient of feats from that of what `_read` gave."""
+    return torch.ops.aten.silu_backward(grad, feats) if activate else grad
 
 
 def conv_backward(
-    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool], gate: Tensor | None = None
+    grad: Tensor, feats: Tensor, weight: Tensor, grid: Grid, needs: Sequence[bool], activate: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out] (summed in float32 or
-    wider) and bias [out].
-
-    gate: [N, in]; that of feats is multiplied by the derivative of SiLU there.
+    wider) and bias [out]; with `activate` it read SiLU(feats).
     """
     need_input, need_weight, need_bias = needs
     taps, c_in, c_out = weight.shape
     grad_input = grad_weight = None
-    if need_input:
-        # m = neighbours[n, k]  <=>  n = neighbours[m, 26 - k]
-        mirrored = weight.flip(0).transpose(1, 2).contiguous()
-        grad_input = _before_silu(conv_forward(grad, mirrored, None, grid), gate)
     if need_weight:
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros(taps * c_in, c_out, dtype=wide, device=weight.device)
-        padded = _padded(feats)
+        padded = _padded(_read(feats, activate))
         step = _chunk_rows(taps * c_in, feats.element_size())
         for start in range(0, grid.num_rows, step):
             stop = min(start + step, grid.num_rows)
@@ -80,6 +80,11 @@ def conv_backward(
             product = gathered.t() @ grad[start:stop]
             grad_weight += product
         grad_weight = grad_weight.view(taps, c_in, c_out).to(weight.dtype)
+        del padded
+    if need_input:
+        # m = neighbours[n, k]  <=>  n = neighbours[m, 26 - k]
+        mirrored = weight.flip(0).transpose(1, 2).contiguous()
+        grad_input = _before_silu(conv_forward(grad, mirrored, None, grid), feats, activate)
     return grad_input, grad_weight, grad.sum(0) if need_bias else None
 
 
@@ -130,11 +135,10 @@ def child_grad_weight(grad: Tensor, padded: Tensor, child: int, grid: Grid, out:
 
 
 def subdivide_conv_backward(
-    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool], gate: Tensor | None = None
+    grad: Tensor, feats: Tensor, collapsed: Tensor, grid: Grid, needs: Sequence[bool], activate: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out], bias [out].
-
-    gate: [N, in]; that of feats is multiplied by the derivative of SiLU there.
+    """Gradients of `subdivide_conv_forward` that `needs` asks for: feats [N, in], weight [27, in, out], bias [out];
+    with `activate` it read SiLU(feats).
     """
     need_input, need_weight, need_bias = needs
     children = grad.view(grid.num_rows, 8, collapsed.shape[3])
@@ -142,7 +146,7 @@ def subdivide_conv_backward(
     grad_input = torch.zeros_like(feats) if need_input else None
     wide = torch.promote_types(collapsed.dtype, torch.float32)
     grad_weight = torch.zeros(8, 8 * c_in, c_out, dtype=wide, device=feats.device) if need_weight else None
-    padded = _padded(feats)
+    padded = _padded(_read(feats, activate))
     for child in range(8):
         part = children[:, child].contiguous()
         if grad_input is not None:
@@ -152,7 +156,7 @@ def subdivide_conv_backward(
     if grad_weight is not None:
         grad_weight = collapse_grad(grad_weight.view(8, 8, c_in, c_out)).to(collapsed.dtype)
     if grad_input is not None:
-        grad_input = _before_silu(grad_input, gate)
+        grad_input = _before_silu(grad_input, feats, activate)
     return grad_input, grad_weight, grad.sum(0) if need_bias else None
 
 
@@ -168,7 +172,7 @@ def to_scalar_forward(
     for child in range(8):
         _child_conv(padded, collapsed, child, grid, hidden)
         hidden += bias
-        torch.nn.functional.silu(hidden, inplace=True)
+        silu(hidden, inplace=True)
         out[:, child] = torch.tanh((hidden @ out_weight[0]).to(wide) + out_bias.to(wide))
     return out
 
@@ -181,19 +185,19 @@ def to_scalar_backward(
     bias: Tensor,
     out_weight: Tensor,
     grid: Grid,
-    gate: Tensor | None = None,
+    activate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `to_scalar_forward` for feats, weight, bias, out_weight, out_bias; one child in memory at a time.
 
     Args:
         grad: [N, 8] gradient of the output; values: [N, 8] the output itself.
-        gate: [N, in]; the gradient of feats is multiplied by the derivative of SiLU there.
+        activate: it read SiLU(feats).
     """
     n = grid.num_rows
     c_in, c_out = collapsed.shape[2:]
     wide = torch.promote_types(feats.dtype, torch.float32)
     before_tanh = grad.to(wide) * (1 - values.to(wide) ** 2)
-    padded = _padded(feats)
+    padded = _padded(_read(feats, activate))
     grad_input = torch.zeros_like(feats)
     grad_collapsed = torch.zeros(8, 8 * c_in, c_out, dtype=wide, device=feats.device)
     grad_bias = torch.zeros(c_out, dtype=wide, device=feats.device)
@@ -210,7 +214,7 @@ def to_scalar_backward(
         child_grad_input(part, collapsed, child, grid, grad_input)
         child_grad_weight(part, padded, child, grid, grad_collapsed[child])
     return (
-        _before_silu(grad_input, gate),
+        _before_silu(grad_input, feats, activate),
         collapse_grad(grad_collapsed.view(8, 8, c_in, c_out)).to(collapsed.dtype),
         grad_bias.to(bias.dtype),
         grad_out_weight[None].to(out_weight.dtype),

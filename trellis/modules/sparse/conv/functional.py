@@ -79,8 +79,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, weight = ctx.saved_tensors
         grid, code, activate = ctx.arguments
-        read, gate = (F.silu(feats), feats) if activate else (feats, None)
-        grads = code.conv_backward(grad.contiguous(), read, weight, grid, ctx.needs_input_grad[:3], gate)
+        grads = code.conv_backward(grad.contiguous(), feats, weight, grid, ctx.needs_input_grad[:3], activate)
         return *grads, None, None, None
 
 
@@ -99,8 +98,8 @@ class _SubdivideConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, collapsed = ctx.saved_tensors
         grid, code, activate = ctx.arguments
-        read, gate = (F.silu(feats), feats) if activate else (feats, None)
-        grads = code.subdivide_conv_backward(grad.contiguous(), read, collapsed, grid, ctx.needs_input_grad[:3], gate)
+        needs = ctx.needs_input_grad[:3]
+        grads = code.subdivide_conv_backward(grad.contiguous(), feats, collapsed, grid, needs, activate)
         return *grads, None, None, None
 
 
@@ -129,8 +128,7 @@ class _ToScalar(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, collapsed, bias, out_weight, values = ctx.saved_tensors
         grid, code, activate = ctx.arguments
-        read, gate = (F.silu(feats), feats) if activate else (feats, None)
-        grads = code.to_scalar_backward(grad, values, read, collapsed, bias, out_weight, grid, gate)
+        grads = code.to_scalar_backward(grad, values, feats, collapsed, bias, out_weight, grid, activate)
         return *grads, None, None, None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
 from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PLAIN, Tile, gemm_tile
-from trellis.modules.sparse.kernels.support import cdiv, dot_precision
+from trellis.modules.sparse.kernels.support import cdiv, dot_precision, shared_memory
 
 COPIED = 128 * 128
 """Channels in times out beyond which transposing the weights first is faster than reading them transposed."""
@@ -113,7 +113,7 @@ def gather_gemm(
         out = torch.empty(count * group if mode == CHILDREN else count, c_out, dtype=feats.dtype, device=feats.device)
     if count == 0:
         return out
-    tile = tile or gemm_tile(c_in, c_out, mode, feats.dtype)
+    tile = tile or gemm_tile(c_in, c_out, mode, feats.dtype, shared_memory(feats.device))
     programs = cdiv(count, tile.rows) * cdiv(c_out, tile.columns) * (group if mode == CHILDREN else 1)
     gather_gemm_kernel[(programs,)](
         feats, weights, weights if bias is None else bias, out, out if gate is None else gate, table, count,

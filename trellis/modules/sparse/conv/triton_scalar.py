@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
 from trellis.modules.sparse.conv.triton_tiles import Tile, scalar_tile
-from trellis.modules.sparse.kernels.support import cdiv, dot_precision
+from trellis.modules.sparse.kernels.support import cdiv, dot_precision, shared_memory
 
 PROGRAMS = 132 * 3
 """Programs of the backward kernel; each keeps its sums over many rows."""
@@ -106,7 +106,7 @@ def scalar_forward(
     count = table.shape[1]
     c_in, c_out = collapsed.shape[-2:]
     values = torch.empty(count, 8, dtype=torch.float32, device=feats.device)
-    tile = tile or scalar_tile(c_in, c_out, feats.dtype)
+    tile = tile or scalar_tile(c_in, c_out, feats.dtype, shared_memory(feats.device))
     if count:
         scalar_forward_kernel[(cdiv(count, tile.rows) * 8,)](
             feats, collapsed, bias, out_weight, out_bias, values, table, count,
@@ -132,7 +132,7 @@ def scalar_backward(
     if count == 0:
         return
     c_in, c_out = collapsed.shape[-2:]
-    tile = tile or scalar_tile(c_in, c_out, feats.dtype)
+    tile = tile or scalar_tile(c_in, c_out, feats.dtype, shared_memory(feats.device))
     scalar_backward_kernel[(sums.shape[0],)](
         feats, collapsed, bias, out_weight, values, grad, hidden, sums, table,
         count, first_child, cdiv(count, tile.rows), sums.shape[0] // group,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from trellis.modules.sparse.kernels.support import power_of_2
+from trellis.modules.sparse.kernels.support import SharedMemory, power_of_2
 
 PLAIN, CHILDREN, PARENTS, PAIRS = 0, 1, 2, 3
 """Which rows a tap reads: of the same grid; a child's 2x2x2 parents; the children that read a parent; the 2x2x3 parents
@@ -64,36 +65,66 @@ TUNED: dict[tuple[str, int, int, int], Tile] = {
 """(kernel, mode, in, out) in 16 bit: the fastest of 7 to 15 tries each on the published network's grids, on an H100."""
 
 
+def gemm_bytes(tile: Tile, dtype: torch.dtype, memory: SharedMemory) -> int:
+    """Shared memory of `gather_gemm`, `scalar_forward` and `scalar_backward`, at most: rows and weights of a step."""
+    return _pipeline_bytes(tile, (tile.rows + tile.columns) * tile.depth * dtype.itemsize, tile.rows, memory)
+
+
+def wgrad_bytes(tile: Tile, dtype: torch.dtype, memory: SharedMemory) -> int:
+    """Shared memory of `gather_wgrad`, at most: rows for each tap and gradients of a step, or half of the sums."""
+    step = (tile.taps * tile.rows + tile.columns) * tile.depth * dtype.itemsize
+    return max(_pipeline_bytes(tile, step, tile.taps * tile.depth, memory), 2 * tile.rows * tile.columns)
+
+
+def _pipeline_bytes(tile: Tile, step: int, gathered: int, memory: SharedMemory) -> int:
+    """Buffers between loads and products for a step's bytes and its gathered rows' numbers, as Triton lays them out.
+
+    A gather waits for its row numbers, so that the stages are shared between the numbers' way and the rows'
+    (`benchmarks/check_shared_memory.py` compares with what Triton's compiler takes).
+    """
+    ahead = max(1, (tile.stages - 1) // 2)
+    return (ahead + memory.reads_ahead) * step + (ahead + 1) * 4 * gathered
+
+
+def _fitted(tile: Tile, kernel_bytes: Callable[..., int], dtype: torch.dtype, memory: SharedMemory) -> Tile:
+    """The tile with as many stages as shared memory holds, and if none are left, with half the depth."""
+    while kernel_bytes(tile, dtype, memory) > memory.limit and (tile.stages > 2 or tile.depth > 16):
+        tile = replace(tile, stages=tile.stages - 1) if tile.stages > 2 else replace(tile, depth=tile.depth // 2)
+    return tile
+
+
 @cache
-def gemm_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
+def gemm_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype, memory: SharedMemory) -> Tile:
     """Of `gather_gemm`: rows, output channels, input channels."""
     depth = max(16, min(64, power_of_2(c_in)))
     columns = max(16, min(128, power_of_2(c_out)))
     if dtype == torch.float32:
         return Tile(64, min(columns, 64), min(depth, 32), 1, 4, 2)
     rule = Tile(128, columns, depth, 1, 4 if columns <= 64 else 8, 5 if depth == 64 else 3)
-    return TUNED.get(("gemm", mode, c_in, c_out), rule)
+    return _fitted(TUNED.get(("gemm", mode, c_in, c_out), rule), gemm_bytes, dtype, memory)
 
 
 @cache
-def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype) -> Tile:
+def wgrad_tile(c_in: int, c_out: int, mode: int, dtype: torch.dtype, memory: SharedMemory) -> Tile:
     """Of `gather_wgrad`: input channels, output channels, rows of a step."""
     rows = max(16, min(128, power_of_2(c_in)))
     columns = max(16, min(128, power_of_2(c_out)))
     if dtype == torch.float32:
         return Tile(min(rows, 64), min(columns, 64), 32, 1, 4, 2)
     rule = Tile(rows, columns, 64, 1, 8 if rows * columns > 64 * 128 else 4, 3, swap=rows < 64 <= columns)
-    return TUNED.get(("wgrad", mode, c_in, c_out), rule)
+    return _fitted(TUNED.get(("wgrad", mode, c_in, c_out), rule), wgrad_bytes, dtype, memory)
 
 
 @cache
-def scalar_tile(c_in: int, c_out: int, dtype: torch.dtype) -> Tile:
+def scalar_tile(c_in: int, c_out: int, dtype: torch.dtype, memory: SharedMemory) -> Tile:
     """Of `scalar_forward` and `scalar_backward`: parents, all output channels, input channels."""
     depth = max(16, min(64, power_of_2(c_in)))
     columns = max(16, power_of_2(c_out))
     if columns > 64:
         # all output channels in one tile: fewer rows
-        return Tile(max(16, 4096 // columns), columns, min(depth, 16 if columns > 256 else 32), 1, 8, 2)
-    if dtype == torch.float32:
-        return Tile(64, columns, min(depth, 32), 1, 4, 2)
-    return TUNED.get(("scalar", 1, c_in, c_out), Tile(128, columns, depth, 1, 4, 3))
+        rule = Tile(max(16, 4096 // columns), columns, min(depth, 16 if columns > 256 else 32), 1, 8, 2)
+    elif dtype == torch.float32:
+        rule = Tile(64, columns, min(depth, 32), 1, 4, 2)
+    else:
+        rule = TUNED.get(("scalar", 1, c_in, c_out), Tile(128, columns, depth, 1, 4, 3))
+    return _fitted(rule, gemm_bytes, dtype, memory)

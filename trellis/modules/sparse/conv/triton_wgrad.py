@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trellis.modules.sparse.conv.triton_gather import gather
 from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PAIRS, PLAIN, Tile, wgrad_tile
-from trellis.modules.sparse.kernels.support import cdiv, dot_precision
+from trellis.modules.sparse.kernels.support import cdiv, dot_precision, shared_memory
 
 MAX_PARTIAL_BYTES = 96 << 20
 """Bound of the partial sums of one launch."""
@@ -63,8 +63,7 @@ def gather_wgrad_kernel(
             inside = (rows < last)[:, None] & (columns < C_OUT)[None, :]
             pointers = grad + (rows * COPIES + child)[:, None] * C_OUT + columns[None, :]
             total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        place = ALL_TAPS * C_IN + (first_child // 2 if MODE == 3 else child)
-        tl.store(base + place * C_OUT + columns, tl.sum(total, 0), mask=columns < C_OUT)
+        tl.store(base + (ALL_TAPS * C_IN + child) * C_OUT + columns, tl.sum(total, 0), mask=columns < C_OUT)
     else:
         pid -= TILES_N * COPIES
         first_channel = (pid % TILES_M) * BM
@@ -101,8 +100,6 @@ def gather_wgrad_kernel(
             if TPS > 3:
                 a = gather(feats, table, count, rows, live, tap + 3, channels, first_child, C_IN, MODE, 8, BM, CACHE)
                 acc3 = tap_product(acc3, a, g, PRECISION, SWAP)
-        if MODE == 3:
-            tap += first_child // 2 * 12
         store_tap(acc0, base, tap, channels, columns, C_IN, C_OUT, SWAP)
         if TPS > 1:
             store_tap(acc1, base, tap + 1, channels, columns, C_IN, C_OUT, SWAP)
@@ -124,15 +121,16 @@ def reduced_tap(tap, child):
     return 4 * x + 2 * y + z
 
 
-@triton.jit(do_not_specialize=["splits", "width"])
+@triton.jit(do_not_specialize=["splits", "width", "first_child"])
 def sum_partial_kernel(
-    partial, out, splits, width,
+    partial, out, splits, width, first_child,
     SIZE: tl.constexpr, C_OUT: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Weight gradient [27, SIZE], then bias gradient [C_OUT], from partial sums; of 8 children's collapsed taps."""
+    """Weight gradient [27, SIZE], then bias gradient [C_OUT], from partial sums; of 8 children's collapsed taps, or
+    added to `out` from those of two children."""
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    COPIES: tl.constexpr = 1 if MODE == 0 else 8
-    ALL: tl.constexpr = (27 if MODE == 0 else 64 if MODE == 1 else 96) * SIZE
+    COPIES: tl.constexpr = 1 if MODE == 0 else 8 if MODE == 1 else 2
+    ALL: tl.constexpr = (27 if MODE == 0 else 64 if MODE == 1 else 24) * SIZE
     pid = tl.program_id(0)
     is_bias = pid >= 27 * BLOCKS
     tap = tl.minimum(pid // BLOCKS, 26)
@@ -149,28 +147,31 @@ def sum_partial_kernel(
         if MODE == 0:
             start = child + tap * SIZE
         else:
-            reduced = reduced_tap(tap, child)
+            reduced = reduced_tap(tap, first_child + child)
             if MODE == 1:
                 start = (child * 8 + reduced) * SIZE
             else:
-                z = child % 2
-                of_tap = (child // 2) * 12 + 4 * (reduced % 2 + z) + reduced // 4 + 2 * (reduced // 2 % 2)
-                start = of_tap * 2 * SIZE + z * C_OUT
+                # the children differ in z, which is the last of the 2x2x3 parents
+                of_tap = 4 * (reduced % 2 + child) + reduced // 4 + 2 * (reduced // 2 % 2)
+                start = of_tap * 2 * SIZE + child * C_OUT
         start = tl.where(is_bias, ALL + child * C_OUT, start)
         pointers = partial + ((part // COPIES).to(tl.int64) * width + start)[:, None] + offset[None, :]
         total += tl.load(pointers, mask=(part < splits * COPIES)[:, None] & known[None, :], other=0.0)
     target = out + tl.where(is_bias, 27, tap) * SIZE + place
-    tl.store(target, tl.sum(total, 0).to(out.dtype.element_ty), mask=known)
+    result = tl.sum(total, 0)
+    if MODE == 3:
+        result += tl.load(target, mask=known, other=0.0)
+    tl.store(target, result.to(out.dtype.element_ty), mask=known)
 
 
-TAPS = {PLAIN: (27, 27), CHILDREN: (64, 64), PAIRS: (12, 48)}
-"""Taps of one launch and of all launches."""
+TAPS = {PLAIN: 27, CHILDREN: 64, PAIRS: 12}
+"""Taps of one launch."""
 
 
 def partial_sums(
     feats: Tensor, c_out: int, table: Tensor, *, mode: int = PLAIN, tile: Tile | None = None
 ) -> tuple[Tensor, int]:
-    """Room for the partial sums of `gather_wgrad`, for all its launches, and the rows of each program.
+    """Room for the partial sums of a launch of `gather_wgrad`, and the rows of each program.
 
     Args:
         c_out: columns of a row of grad, of one child (CHILDREN) or both (PAIRS).
@@ -179,13 +180,12 @@ def partial_sums(
         float32 [splits, taps * in * out + sums of grad], not written yet; no split without rows.
     """
     count, c_in = table.shape[1], feats.shape[1]
-    launched, taps = TAPS[mode]
-    size = taps * c_in * c_out
-    width = size + c_out * {PLAIN: 1, CHILDREN: 8, PAIRS: 4}[mode]
+    size = TAPS[mode] * c_in * c_out
+    width = size + c_out * (8 if mode == CHILDREN else 1)
     if count == 0:
         return torch.empty(0, width, dtype=torch.float32, device=feats.device), 1
-    tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype)
-    programs = launched // tile.taps * cdiv(c_in, tile.rows) * cdiv(c_out, tile.columns)
+    tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype, shared_memory(feats.device))
+    programs = TAPS[mode] // tile.taps * cdiv(c_in, tile.rows) * cdiv(c_out, tile.columns)
     splits = min(max(1, cdiv(PROGRAMS, programs)), max(1, MAX_PARTIAL_BYTES // (4 * size)), cdiv(count, 4 * tile.depth))
     share = cdiv(cdiv(count, splits), tile.depth) * tile.depth
     return torch.empty(cdiv(count, share), width, dtype=torch.float32, device=feats.device), share
@@ -213,13 +213,12 @@ def gather_wgrad(
     if count == 0:
         return
     c_in, c_out = feats.shape[1], grad.shape[1]
-    tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype)
-    launched, taps = TAPS[mode]
+    tile = tile or wgrad_tile(c_in, c_out, mode, feats.dtype, shared_memory(feats.device))
     children = 8 if mode == CHILDREN else 1
-    programs = cdiv(c_out, tile.columns) * (children + launched // tile.taps * cdiv(c_in, tile.rows))
+    programs = cdiv(c_out, tile.columns) * (children + TAPS[mode] // tile.taps * cdiv(c_in, tile.rows))
     gather_wgrad_kernel[(programs, partial.shape[0])](
         feats, grad, partial, table, count, share, first_child, partial.shape[1],
-        C_IN=c_in, C_OUT=c_out, ALL_TAPS=taps, MODE=mode, PRECISION=dot_precision(feats.dtype),
+        C_IN=c_in, C_OUT=c_out, ALL_TAPS=TAPS[mode], MODE=mode, PRECISION=dot_precision(feats.dtype),
         BM=tile.rows, BN=tile.columns, BK=tile.depth, TPS=tile.taps, SWAP=tile.swap, CACHE=tile.cache,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -228,12 +227,23 @@ def gather_wgrad(
 def sum_partial(
     partial: Tensor, c_in: int, c_out: int, dtype: torch.dtype, *, mode: int = PLAIN
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight [27, in, out], also behind its collapsed form, and of the bias [out]."""
-    size = c_in * c_out
-    out = torch.empty(27 * size + c_out, dtype=dtype, device=partial.device)
-    parts = partial.shape[0] * (1 if mode == PLAIN else 8)
-    block, rows = (1024, 4) if parts <= 4 else (128, 32)
+    """Gradients of the weight [27, in, out], for CHILDREN behind its collapsed form, and of the bias [out]."""
+    out = torch.empty(27 * c_in * c_out + c_out, dtype=dtype, device=partial.device)
+    _sum(partial, out, c_in, c_out, mode, 8 if mode == CHILDREN else 1)
+    return out[:-c_out].view(27, c_in, c_out), out[-c_out:]
+
+
+def add_pair(partial: Tensor, out: Tensor, first_child: int, c_in: int, c_out: int) -> None:
+    """Add a PAIRS launch's share of those gradients to float32 [27 * in * out + out], weight before bias."""
+    _sum(partial, out, c_in, c_out, PAIRS, 2, first_child)
+
+
+def _sum(
+    partial: Tensor, out: Tensor, c_in: int, c_out: int, mode: int, children: int, first_child: int = 0
+) -> None:
+    size, splits = c_in * c_out, partial.shape[0]
+    block, rows = (1024, 4) if splits * children <= 4 else (128, 32)
     sum_partial_kernel[(27 * cdiv(size, block) + cdiv(c_out, block),)](
-        partial, out, partial.shape[0], partial.shape[1], SIZE=size, C_OUT=c_out, MODE=mode, BLOCK=block, BS=rows
-    )
-    return out[: 27 * size].view(27, c_in, c_out), out[27 * size :]
+        partial, out, splits, partial.shape[1], first_child,
+        SIZE=size, C_OUT=c_out, MODE=mode, BLOCK=block, BS=rows,
+    )  # fmt: skip

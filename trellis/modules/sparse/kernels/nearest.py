@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trellis.modules.sparse.kernels.support import cdiv, power_of_2
+from trellis.modules.sparse.kernels.support import SharedMemory, cdiv, power_of_2, shared_memory
 
 ROWS, CODES = 128, 128
 PROGRAMS = 132
@@ -39,15 +39,25 @@ def nearest_kernel(
     tl.store(out + row, place, mask=row < count)
 
 
+def tile_of(wide: int, rows: int, memory: SharedMemory) -> tuple[int, int]:
+    """Rows and codes of a tile: those of a program, halved until shared memory holds the rows and two sets of codes."""
+    codes = CODES
+    while 4 * wide * (rows + 2 * codes) > memory.limit and rows > 16:
+        rows, codes = (rows, codes // 2) if codes > 16 else (rows // 2, codes)
+    return rows, codes
+
+
 def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
     """Index [N] int64 of the nearest code (Euclidean) of float32 rows [N, L] among float32 [K, L]; 0 for NaN."""
     count, width = rows.shape
     out = torch.empty(count, dtype=torch.int64, device=rows.device)
     if count:
         half_norm = 0.5 * codebook.square().sum(1)
+        wide = max(16, power_of_2(width))
         rows_each = ROWS if cdiv(count, ROWS) >= PROGRAMS else ROWS // 2
+        rows_each, codes_each = tile_of(wide, rows_each, shared_memory(rows.device))
         nearest_kernel[(cdiv(count, rows_each),)](
             rows.contiguous(), codebook.contiguous(), half_norm, out, count, codebook.shape[0],
-            L=width, BL=max(16, power_of_2(width)), BM=rows_each, BK=CODES, num_warps=rows_each // 16,
+            L=width, BL=wide, BM=rows_each, BK=codes_each, num_warps=rows_each // 16,
         )  # fmt: skip
     return out

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @cache
@@ -25,6 +31,47 @@ def interpreted() -> bool:
 def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Whether tensors of `dtype` on `device` take the kernels by default: CUDA, 16 or 32 bit, Triton installed."""
     return device.type == "cuda" and dtype in KERNEL_DTYPES and triton_installed()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one: Triton launches there, whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def on_own_device(method: Method) -> Method:
+    """A method that runs with its object's `device` as the current one."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with on_device(self.device):
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """What one program may take of a card's shared memory; an H100's by default.
+
+    Attributes:
+        limit: bytes. reads_ahead: whether products are still reading operands there when the next ones are due (Hopper
+            and the large Blackwell cards), which takes one buffer more.
+    """
+
+    limit: int = 227 << 10
+    reads_ahead: bool = True
+
+
+@cache
+def shared_memory(device: torch.device) -> SharedMemory:
+    """That of the card of a CUDA device, by the number that Triton holds a kernel's demand against; asked once."""
+    if device.type != "cuda":
+        return SharedMemory()
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limit = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return SharedMemory(limit, torch.cuda.get_device_capability(index)[0] in (9, 10))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
