@@ -74,7 +74,7 @@ def the_rest(pyramid: Pyramid, device: str, dtype: torch.dtype) -> None:
     block.norm_rows(x), block.norm_rows(x, order), block.add_norm(x, order, y), block.norm_backward(x, order, y, x)
     block.column_sums(x, dtype), block.gelu_backward(x, y, dtype)
     if torch.device(device).type == "cuda":
-        bounded_windows(pyramid.topology.coords, 2, 2, 1, 4)
+        bounded_windows(pyramid.topology.coords, 2, 1, 8, 8)
 
 
 def main() -> None:

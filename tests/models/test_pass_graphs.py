@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 
+from trellis.datasets.sparse_sdf import joined_window_sizes, window_sizes
 from trellis.models.autoencoders import pass_graphs
-from trellis.models.autoencoders.pass_graphs import PassGraphs, Sizes, capacity, cell_width, filling_coords
+from trellis.models.autoencoders.pass_graphs import PassGraphs, Recording
+from trellis.models.autoencoders.pass_sizes import Sizes, capacity, cell_width, filling_coords, make_filling
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.modules.sparse.levels import build_pyramid
 from trellis.modules.sparse.morton import packed_keys, slot_positions
@@ -29,12 +31,14 @@ def spheres(radii, resolution=32, device="cpu"):
     coords, values = torch.cat(coords), torch.cat(values)
     active = values.abs() < 1
     levels = [active, active.view(-1, 64, 8).any(2), active.view(-1, 8, 64).any(2)]
+    windows = [window_sizes(part[:, 1:].numpy()) for part in coords.split(counts.tolist())]
     return {
         "block_coords": coords.to(device),
         "block_sdf": values.to(device),
         "active": active.to(device),
         "blocks_per_sample": counts,
         "level_sizes": [int(x.sum()) for x in levels] + [len(coords)],
+        "window_sizes": joined_window_sizes(windows),
         "resolution": resolution,
     }
 
@@ -49,6 +53,12 @@ class Repeater:
     """Stands in for the card: calls the function again where a graph would replay its kernels."""
 
     bytes, free = 0, 1 << 40
+
+    def __init__(self):
+        self.calls = []
+
+    def follow(self):
+        self.calls.append("follow")
 
     def free_bytes(self):
         return self.free
@@ -110,14 +120,39 @@ def test_filling_up_changes_no_value_and_no_gradient(fused):
 
 def test_cells_and_sizes():
     assert [cell_width(n) for n in (1, 100, 400, 4095, 4096, 30000)] == [16, 16, 32, 256, 512, 512]
+    filling = make_filling(1, 32, [], torch.device("cpu"))
     seen = [Sizes(6688, 220000, 36000), Sizes(6700, 221000, 35000)]
-    assert capacity(seen, False) == Sizes(6720, 221056, 36032)
-    whole = capacity(seen, True)
+    assert capacity(seen, False, filling) == Sizes(6720, 221056, 36032)
+    whole = capacity(seen, True, filling)
     assert 7168 < whole.blocks <= 7200 and 221000 < whole.rows2 < 1.2 * 221000
     coords = filling_coords(100, 3, 32)
     assert coords.shape == (100, 4) and bool((coords[:, 0] == 3).all()) and int(coords[:, 1:].max()) < 32
     assert len(torch.unique(packed_keys(coords))) == 100 and bool((packed_keys(coords).diff() > 0).all())
-    assert filling_coords(100, 0, 4) is None
+    assert filling_coords(100, 0, 4) is None and make_filling(0, 2, [], torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("extent", [4, 16, 128])
+def test_windows_of_the_filling(extent):
+    kinds = [(8, 0), (8, 4)]
+    filling = make_filling(2, extent, kinds, torch.device("cpu"))
+    for blocks in (1, 9, 40, len(filling.coords)):
+        counted = window_sizes(filling.coords[:blocks, 1:].numpy())
+        assert {kind: filling.windows(kind, blocks) for kind in kinds} == counted
+    assert filling.windows((8, 4), 0) == (0, 0)
+
+
+@pytest.mark.parametrize("whole_cell", [False, True])
+def test_capacity_has_room_for_windows(whole_cell):
+    """Of the batches seen, filled up; a recording takes no batch whose windows it has no room for."""
+    kind = (8, 4)
+    filling = make_filling(1, 64, [kind], torch.device("cpu"))
+    seen = [Sizes(26888, 9, 9, {kind: (362, 187)}), Sizes(26700, 9, 9, {kind: (370, 120)})]
+    recording = Recording(capacity(seen, whole_cell, filling), filling)
+    assert all(recording.takes(size) for size in seen)
+    number, longest = recording.size.windows[kind]
+    assert 370 < number < (500 if whole_cell else 425) + filling.windows(kind, 545)[0] and longest == 256
+    for windows in ((number, 187), (300, 257)):
+        assert not recording.takes(Sizes(26888, 9, 9, {kind: windows}))
 
 
 def test_passes_through_graphs_equal_plain_ones(repeated):

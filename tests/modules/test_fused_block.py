@@ -43,7 +43,7 @@ def test_fused_block_equals_the_plain_one(shift, monkeypatch):
     good = torch.autograd.grad(expected, [x, *block.parameters()], handed)
     layers = (block.attn.to_qkv, block.attn.to_out, block.mlp.mlp[0], block.mlp.mlp[2])
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-    out = fused_block.FusedBlock.apply(x, topology.windows(4, shift), 3, *parameters)
+    out = fused_block.FusedBlock.apply(x, topology.windows(4, shift), 3, True, *parameters)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     named = dict(zip([x, *block.parameters()], good))
     for value, grad in zip([x, *parameters], torch.autograd.grad(out, [x, *parameters], handed)):

@@ -139,17 +139,35 @@ def test_nearest_code_on_the_card(cuda_device):
     check_nearest(cuda_device, 3, 65, 32)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("shift", [0, 4])
-def test_bounded_windows_equal_counted_ones(shift, cuda_device):
+def check_windows(device, blocks, shift, size=8, extent=16):
+    """Windows by their bound, and by their true sizes as a batch tells them, against counted ones."""
+    from trellis.modules.sparse.levels import Topology
     from trellis.modules.sparse.plans import bounded_windows, counted_windows
 
-    coords = random_pyramid([300, 0, 512], extent=16).topology.coords.to(cuda_device)
-    plan, exact = bounded_windows(coords, 3, 8, shift, 16), counted_windows(coords, 8, shift)
+    coords = random_pyramid(blocks, extent=extent).topology.coords.to(device)
+    exact = counted_windows(coords, size, shift)
+    plan = bounded_windows(coords, size, shift, min(len(coords), 3 * (extent // size + 1) ** 3), size**3)
     assert torch.equal(plan.order, exact.order) and torch.equal(plan.inverse, exact.inverse)
     assert torch.equal(plan.cu_seqlens[: exact.cu_seqlens.numel()], exact.cu_seqlens)
     assert (plan.cu_seqlens[exact.cu_seqlens.numel() :] == coords.shape[0]).all()
-    assert plan.max_length >= exact.max_length
+    known = {(size, shift): (exact.num_windows, exact.max_length)}
+    plan = Topology(coords, len(blocks), extent, known).windows(size, shift)
+    assert torch.equal(plan.cu_seqlens, exact.cu_seqlens) and plan.max_length == exact.max_length
+
+
+@interpreted
+@pytest.mark.parametrize("shift", [0, 2])
+def test_bounded_windows_interpreted(shift, monkeypatch):
+    from trellis.modules.sparse import levels
+
+    monkeypatch.setattr(levels, "has_kernels", lambda device: True)
+    check_windows("cpu", [30, 0, 51], shift, 4, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", [0, 4])
+def test_bounded_windows_on_the_card(shift, cuda_device):
+    check_windows(cuda_device, [300, 0, 512], shift)
 
 
 @interpreted

@@ -25,6 +25,11 @@ SPLITS = ("train", "val", "test")
 _VOXELS = STORAGE_BLOCK**3
 _SAFE_ID = re.compile(r"[0-9A-Za-z_-]{1,128}")
 
+WINDOWS = ((8, 0), (8, 4))
+"""Side and shift, in blocks, of the attention windows of the published network: they are counted here, for a GPU."""
+
+WindowSizes = dict[tuple[int, int], tuple[int, int]]
+
 _ROWS_PER_PIECE = 256
 # In Morton order voxels come in pairs along z, which C order keeps adjacent too: two float16 move as one int32.
 _PAIR_PERMUTATION = c_to_morton_permutation().reshape(-1, 2)[:, 0] // 2
@@ -245,6 +250,21 @@ def level_sizes(active: np.ndarray) -> list[int]:
     ]
 
 
+def window_sizes(block_index: np.ndarray) -> WindowSizes:
+    """{(side, shift): how many attention windows hold a block, and the most blocks of one} of one sample.
+
+    Args:
+        block_index: [M, 3] int, not negative; a window is floor((block + shift) / side) per axis.
+    """
+    sizes = {}
+    for side, shift in WINDOWS:
+        x, y, z = (np.asarray(block_index, dtype=np.int64).T + shift) // side
+        span = int(max(y.max(initial=0), z.max(initial=0))) + 1
+        counts = np.bincount((x * span + y) * span + z)
+        sizes[side, shift] = int(np.count_nonzero(counts)), int(counts.max(initial=0))
+    return sizes
+
+
 def sample_from_blocks(blocks: SparseSDFBlocks, *, sha256: str = "", label: str | None = None) -> dict[str, Any]:
     """The training sample of one shape, uncropped; what `SparseSDF` returns and what encoding a shape starts from.
 
@@ -260,6 +280,7 @@ def sample_from_blocks(blocks: SparseSDFBlocks, *, sha256: str = "", label: str 
         "loss_blocks": torch.ones(blocks.num_blocks, dtype=torch.bool),
         "blocks_per_sample": torch.tensor(blocks.num_blocks),
         "level_sizes": level_sizes(active),
+        "window_sizes": window_sizes(blocks.block_index),
         "resolution": blocks.resolution,
         "sha256": sha256,
         "label": blocks.label if label is None else label,
@@ -275,8 +296,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `block_coords` int32 [M, 4] (batch, x, y, z) of 8-cubed blocks; `block_sdf` float16 [M, 512] in Morton order
         inside the block; `active` bool [M, 512]; `loss_blocks` bool [M], False on the one-block rim of a crop's cut;
         `blocks_per_sample` int64 [B]; `level_sizes` list of 4 ints, distinct occupied voxels at strides 1, 2, 4, 8;
-        `resolution` int; `sha256`, `label` lists of text; `to_world` float64 [B, 4, 4], NaN where a file has none;
-        `cropped` bool [B].
+        `window_sizes` as the function of that name, of all samples; `resolution` int; `sha256`, `label` lists of text;
+        `to_world` float64 [B, 4, 4], NaN where a file has none; `cropped` bool [B].
 
     Raises:
         ValueError: no sample, or samples of different resolutions.
@@ -294,12 +315,18 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{key: torch.cat([sample[key] for sample in samples]) for key in ("block_sdf", "active", "loss_blocks")},
         "blocks_per_sample": counts,
         "level_sizes": [sum(sizes) for sizes in zip(*(sample["level_sizes"] for sample in samples))],
+        "window_sizes": joined_window_sizes([sample["window_sizes"] for sample in samples]),
         "resolution": resolutions[0],
         "sha256": [sample["sha256"] for sample in samples],
         "label": [sample["label"] for sample in samples],
         "to_world": torch.stack([sample["to_world"] for sample in samples]),
         "cropped": torch.tensor([sample["cropped"] for sample in samples]),
     }
+
+
+def joined_window_sizes(sizes: Sequence[WindowSizes]) -> WindowSizes:
+    """Of a batch from `window_sizes` of its samples, which share no window."""
+    return {kind: (sum(s[kind][0] for s in sizes), max(s[kind][1] for s in sizes)) for kind in WINDOWS}
 
 
 def parse_roots(roots: str | Path | Sequence[str | Path]) -> list[Path]:

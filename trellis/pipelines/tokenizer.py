@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trellis.models.autoencoders.split_decode import parts_within, split_decode
+from trellis.modules.sparse.kernels.support import on_own_device
 from trellis.pipelines.checkpoints import load_model
 from trellis.pipelines.mesh_output import write_ply_tensors
 from trellis.pipelines.shape_inputs import InputOptions, blocks_of_mesh
@@ -261,9 +262,12 @@ class SparseSDFTokenizer:
                 f"{self.model_hash[:12]}); decode them with the checkpoint that encoded them"
             )
 
+    @on_own_device
     @torch.no_grad()
     def decode_values(self, tokens: Tokens) -> torch.Tensor:
         """Block values float16 [M, 8, 8, 8] in C order, on the device; inside stays inside when they round to zero."""
+        from trellis.datasets.sparse_sdf import window_sizes
+
         m = len(tokens.ids)
         out = torch.empty(m, STORAGE_BLOCK**3, dtype=torch.float16, device=self.device)
         ids = torch.from_numpy(tokens.ids).to(self.device, torch.int64)
@@ -271,7 +275,10 @@ class SparseSDFTokenizer:
         coords[:, 1:] = torch.from_numpy(tokens.block_index.astype(np.int32))
         coords, model = coords.to(self.device), self.model
         if m and self.max_memory_gb is None:
-            out = to_float16(model.decode_blocks(model.quantizer.lookup(ids), coords))[:, self._to_c_order]
+            values = model.decode_blocks(
+                model.quantizer.lookup(ids), coords, window_sizes=window_sizes(tokens.block_index)
+            )
+            out = to_float16(values)[:, self._to_c_order]
         elif m:
             budget = self.max_memory_gb * 1e9 - self._weight_bytes
             sizes = parts_within(model.decoder, m, budget, model.compute_dtype, self.device)

@@ -22,77 +22,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trellis.modules.sparse.morton import slot_positions
+from trellis.models.autoencoders.cuda_recorder import CudaRecorder
+from trellis.models.autoencoders.pass_sizes import Filling, Sizes, capacity, cell_width, make_filling
+from trellis.modules.sparse.kernels.support import on_device
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 32
 MAX_BLOCKS = 1 << 15
 """Larger batches keep the GPU busy without graphs."""
-WIDEST_CELL = 512
-"""Blocks by which one graph's batches may differ: about 1 ms of an H100's time."""
 SIGHTINGS = {True: 2, False: 16}
 """Batches of a cell before it gets its graph, in training and otherwise; twice as many before its second, and so on.
 
 Recording takes as long as some fifty steps save: a training makes thousands, but few cohorts to encode are so large.
 """
-FILL_BLOCKS = (1024, 64)
-"""Blocks to fill up with: as many as a graph may need, or what a small grid holds."""
-
 Rows = dict[str, Tensor]
 Work = Callable[[Rows, "Sizes", Sequence[Tensor]], Rows]
 """Of inputs by name [blocks, ...] with their sizes, and weights, to outputs by name [blocks, ...]."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Blocks of a batch, and its rows at strides 2 and 4 (0 where a pass does not read them)."""
-
-    blocks: int
-    rows2: int = 0
-    rows4: int = 0
-
-    @property
-    def level_sizes(self) -> list[int]:
-        """As `build_pyramid` takes them; the rows at stride 1 are a bound."""
-        return [512 * self.blocks, self.rows2, self.rows4, self.blocks]
-
-
-def cell_width(blocks: int) -> int:
-    """Width of the cell that holds `blocks`: an eighth of its power of two, from 16 to `WIDEST_CELL`."""
-    return min(WIDEST_CELL, max(16, 1 << max(0, blocks.bit_length() - 4)))
-
-
-def capacity(seen: Sequence[Sizes], whole_cell: bool) -> Sizes:
-    """Sizes of a graph: closely of the batches seen, or of any in their cell, with room in the rows."""
-    most = max(s.blocks for s in seen)
-    if not whole_cell:
-        blocks = _round_up(most + 1, 32)
-        rows = (max(s.rows2 for s in seen), max(s.rows4 for s in seen))
-        return Sizes(blocks, *(_round_up(n, 64) for n in rows))
-    width = cell_width(most)
-    blocks = _round_up((most // width + 1) * width + 1, 32)
-    rows = (max(s.rows2 / s.blocks for s in seen), max(s.rows4 / s.blocks for s in seen))
-    return Sizes(blocks, *(_round_up(int(1.08 * r * blocks), 64) for r in rows))
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def filling_coords(count: int, sample: int, extent: int) -> Tensor | None:
-    """int32 [count, 4] blocks of one sample in Morton order, spread out in a grid of `extent`; None if they do not fit.
-
-    Spread, so that the attention windows that they fill are no fuller than others.
-    """
-    side = 1
-    while side**3 < count:
-        side *= 2
-    for stride in (4, 2, 1):
-        if side * stride <= extent:
-            xyz = slot_positions(side)[:count].int() * stride
-            return torch.cat([torch.full((count, 1), sample, dtype=torch.int32), xyz], 1)
-    return None
 
 
 class Buffers:
@@ -114,7 +60,8 @@ class Buffers:
         )  # fmt: skip
         if not same or len(kept) < count:
             room = count if not same else count + count // 4
-            kept = self._kept[name] = like.new_zeros(room, *like.shape[1:])
+            with torch.inference_mode(False):  # or only passes in that mode could write them
+                kept = self._kept[name] = like.new_zeros(room, *like.shape[1:])
             self.filled[kept.data_ptr()] = 0
         return kept[:count]
 
@@ -133,11 +80,11 @@ class Recording:
 
     Attributes:
         forward, backward: run it again. inputs, outputs, gradients: by name, [blocks, ...]; `gradients` of the outputs
-        that have one. filling: int32 coordinates of the blocks that fill up.
+        that have one. filling: the blocks that fill up.
     """
 
     size: Sizes
-    filling: Tensor
+    filling: Filling
     inputs: Rows = field(default_factory=dict)
     outputs: Rows = field(default_factory=dict)
     gradients: Rows = field(default_factory=dict)
@@ -146,78 +93,14 @@ class Recording:
 
     def takes(self, batch: Sizes) -> bool:
         """Whether a batch can be filled up to this size; that takes at least one block."""
-        fits = batch.rows2 <= self.size.rows2 and batch.rows4 <= self.size.rows4
-        return fits and 0 < self.size.blocks - batch.blocks <= len(self.filling)
-
-
-class CudaRecorder:
-    """Records on the current CUDA device, all into one region of memory."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
-        self.bytes = 0
-        self._pool: Any = None
-        self._keeper: Any = None
-
-    def rehearse(self, function: Callable[[], None]) -> int:
-        """Run unrecorded, which compiles kernels and makes handles and buffers, and again.
-
-        Returns the bytes that the second run took. PyTorch's peak of allocated memory starts anew here: what an
-        earlier, larger pass took is forgotten.
-        """
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # memory of the stream that ran before is of no use to this one
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            function()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def reserve(self, size: int) -> bool:
-        """One free segment of `size` bytes for the recordings to come; False where the card has no room.
-
-        One segment, since each recording starts with all of it free: however their sizes differ, it does not grow.
-        There is room where as much again is left, for the batches that run as they are.
-        """
-        self.release()
-        free, _ = torch.cuda.mem_get_info()
-        if free < 2.1 * size:
+        added = self.size.blocks - batch.blocks
+        if not 0 < added <= len(self.filling.coords):
             return False
-        self._pool = torch.cuda.graph_pool_handle()
-
-        def fill() -> None:
-            torch.empty(size, dtype=torch.uint8, device="cuda")[:1].zero_()
-
-        self._keeper = self._capture(fill)
-        return True
-
-    def free_bytes(self) -> int:
-        """What a pass outside the recordings can have."""
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.bytes
-        return torch.cuda.mem_get_info()[0] + max(0, kept)
-
-    def release(self) -> None:
-        """Give the memory back; no recording may be left."""
-        self._pool = self._keeper = None
-        self.bytes = 0
-        torch.cuda.empty_cache()
-
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        # other threads (data loading, NCCL's) may go on calling CUDA
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
-            function()
-        self.bytes += torch.cuda.memory_reserved() - before  # the segment, or what did not fit into it
-        return graph
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A callable that runs the kernels of `function` again."""
-        return self._capture(function).replay
+        return batch.rows2 <= self.size.rows2 and batch.rows4 <= self.size.rows4 and all(
+            of_batch[0] + of_filling[0] <= number and max(of_batch[1], of_filling[1]) <= longest
+            for key, (number, longest) in self.size.windows.items()
+            for of_batch, of_filling in [(batch.windows[key], self.filling.windows(key, added))]
+        )
 
 
 class PassGraphs:
@@ -247,7 +130,7 @@ class PassGraphs:
         self._seen: dict[Hashable, list[Sizes]] = {}
         self._made: dict[Hashable, int] = {}
         self._buffers = Buffers()
-        self._fillings: dict[Hashable, Tensor | None] = {}
+        self._fillings: dict[Hashable, Filling | None] = {}
         self._gradients: list[tuple[Tensor, list[Tensor], list[int]]] = []
         self._state: Hashable = None
         self.hits = self.misses = 0
@@ -303,7 +186,8 @@ class PassGraphs:
             if self._state is not None:
                 self.clear()
             self._state = state
-        cell = (key, samples, extent, train, cell_width(size.blocks), size.blocks // cell_width(size.blocks))
+        width = cell_width(size.blocks)
+        cell = (key, tuple(size.windows), samples, extent, train, width, size.blocks // width)
         recording = self._recordings.get(cell)
         if recording is None or not recording.takes(size):
             self.misses += 1
@@ -316,15 +200,20 @@ class PassGraphs:
                 return None
             self._seen[cell] = []
             self._made[cell] = made + 1
-            filling = self._filling(samples, extent, inputs["coords"].device)
+            filling = self._filling(samples, extent, size, inputs["coords"].device)
             if filling is None:
                 return None
-            recording = Recording(capacity(seen, made > 0), filling)
-            if not recording.takes(size) or not self._record(recording, cell, size, inputs, function, weights, train):
+            recording = Recording(capacity(seen, made > 0, filling), filling)
+            # rehearsing takes what the batch would take as it is
+            self._leave_room(size.blocks, train)
+            if self._refused or not recording.takes(size):
+                return None
+            if not self._try_to_record(recording, cell, size, inputs, function, weights, train):
                 return None
         else:
             self.hits += 1
         self._recordings.move_to_end(cell)
+        self._recorder.follow()
         self._load(recording, size, inputs)
         if not train:
             self.turn += 1
@@ -349,15 +238,24 @@ class PassGraphs:
             buffer[:blocks].copy_(inputs[name])
             if buffer.dtype == torch.bool:
                 self._buffers.clear_after(buffer, blocks)
-        recording.inputs["coords"][blocks:].copy_(recording.filling[: recording.size.blocks - blocks])
+        recording.inputs["coords"][blocks:].copy_(recording.filling.coords[: recording.size.blocks - blocks])
 
-    def _filling(self, samples: int, extent: int, device: torch.device) -> Tensor | None:
-        place = (samples, extent)
+    def _filling(self, samples: int, extent: int, size: Sizes, device: torch.device) -> Filling | None:
+        place = (samples, extent, tuple(size.windows))
         if place not in self._fillings:
-            tables = (filling_coords(count, samples, extent) for count in FILL_BLOCKS)
-            table = next((t for t in tables if t is not None), None)
-            self._fillings[place] = None if table is None else table.to(device)
+            self._fillings[place] = make_filling(samples, extent, list(size.windows), device)
         return self._fillings[place]
+
+    def _try_to_record(self, *arguments: Any) -> bool:
+        """`_record`, and nothing is recorded from now on where the card has no room."""
+        try:
+            return self._record(*arguments)
+        except RuntimeError as error:
+            if not _ran_out_of_memory(error):
+                raise
+        # outside the handler, which would keep what the failed recording held
+        self.refuse("there is no room to record one")
+        return False
 
     def _record(
         self,
@@ -377,6 +275,7 @@ class PassGraphs:
         self._recordings.pop(cell, None)
         if self._recorder is None:
             self._recorder = self.make_recorder()
+        self._recorder.follow()
         self._load(recording, batch, inputs)
         held: dict[str, Any] = {}
         trained = [w for w in weights if w.requires_grad]
@@ -429,6 +328,13 @@ class PassGraphs:
         return True
 
 
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what went wrong, or went wrong first: ending a recording that failed may fail too."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
+
+
 def _flat_gradients(weights: Sequence[Tensor]) -> list[tuple[Tensor, list[Tensor], list[int]]]:
     """Per dtype: one flat tensor, views of it in the shapes of those weights, and their numbers."""
     groups: dict[torch.dtype, list[int]] = {}
@@ -473,16 +379,18 @@ class _Replay(torch.autograd.Function):
                 "model with cuda_graphs=False"
             )
         graphs.turn += 1
-        for name, grad in zip(recording.outputs, grads):
-            if name not in recording.gradients:
-                continue
-            buffer = recording.gradients[name]
-            if grad is not None:
-                buffer[:blocks].copy_(grad)
-            graphs._buffers.clear_after(buffer, 0 if grad is None else blocks)
-        recording.backward()
-        out: list[Tensor | None] = [None] * len(ctx.like)
-        for flat, _, numbers in graphs._gradients:
-            for number, view in zip(numbers, _views(flat.clone(), [ctx.like[i] for i in numbers])):
-                out[number] = view
+        with on_device(recording.inputs["coords"].device):
+            graphs._recorder.follow()
+            for name, grad in zip(recording.outputs, grads):
+                if name not in recording.gradients:
+                    continue
+                buffer = recording.gradients[name]
+                if grad is not None:
+                    buffer[:blocks].copy_(grad)
+                graphs._buffers.clear_after(buffer, 0 if grad is None else blocks)
+            recording.backward()
+            out: list[Tensor | None] = [None] * len(ctx.like)
+            for flat, _, numbers in graphs._gradients:
+                for number, view in zip(numbers, _views(flat.clone(), [ctx.like[i] for i in numbers])):
+                    out[number] = view
         return None, None, None, *out

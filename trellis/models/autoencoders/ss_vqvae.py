@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from trellis.models.autoencoders.decoder import SparseSDFDecoder
 from trellis.models.autoencoders.encoder import SparseSDFEncoder
-from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows, Sizes
+from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows
+from trellis.models.autoencoders.pass_sizes import Sizes
 from trellis.modules.quantizers import VectorQuantizer, nearest_code
-from trellis.modules.sparse.attention import has_varlen
-from trellis.modules.sparse.kernels.support import has_kernels
+from trellis.modules.sparse.attention import flash_takes, has_varlen
+from trellis.modules.sparse.kernels.support import has_kernels, on_own_device
 from trellis.modules.sparse.levels import Pyramid, Topology, blocks_from_rows, build_pyramid
 from trellis.modules.sparse.morton import slot_positions
+from trellis.modules.sparse.plans import WindowSizes
 from trellis.utils.blocks import LATENT_STRIDE
 
 Batch = dict[str, Any]
@@ -182,7 +184,8 @@ class SparseSDFVQVAE(nn.Module):
             )
             samples = len(batch["blocks_per_sample"]) if "blocks_per_sample" in batch else None
             extent = -(-batch["resolution"] // LATENT_STRIDE) if "resolution" in batch else None
-            return build_pyramid(coords, values, active, batch.get("level_sizes"), samples, extent)
+            sizes = (batch.get("level_sizes"), samples, extent, batch.get("window_sizes"))
+            return build_pyramid(coords, values, active, *sizes)
         missing = [key for key in ("sparse_sdf", "sparse_index", "batch_idx") if key not in batch]
         if missing:
             raise ValueError(f"a batch needs block_coords, block_sdf, active, or the flat form; missing: {missing}")
@@ -192,6 +195,7 @@ class SparseSDFVQVAE(nn.Module):
     def _encode(self, pyramid: Pyramid, factor: float | None = None) -> tuple[Tensor, Tensor]:
         return self.encoder(pyramid, self.compute_dtype, factor=factor, fused=self.fused, backend=self.backend)
 
+    @on_own_device
     def encode(self, batch: Batch, *, factor: float | None = None) -> dict[str, Tensor]:
         """Latents and codes of a batch.
 
@@ -217,8 +221,21 @@ class SparseSDFVQVAE(nn.Module):
 
     # -- decoding ---------------------------------------------------------------------------------------------------
 
-    def decode_blocks(self, latent: Tensor, coords: Tensor, *, factor: float | None = None) -> Tensor:
-        """[M, L] at block coordinates [M, 4] -> TSDF [M, 512] in (-1, 1), slots in Morton order."""
+    @on_own_device
+    def decode_blocks(
+        self,
+        latent: Tensor,
+        coords: Tensor,
+        *,
+        factor: float | None = None,
+        window_sizes: WindowSizes | None = None,
+    ) -> Tensor:
+        """[M, L] at block coordinates [M, 4] -> TSDF [M, 512] in (-1, 1), slots in Morton order.
+
+        Args:
+            window_sizes: of the blocks (`trellis.datasets.sparse_sdf.window_sizes`), where they are known: then a GPU
+                works on no window that holds nothing.
+        """
         if latent.shape != (coords.shape[0], self.latent_channels):
             raise ValueError(
                 f"latent must be [{coords.shape[0]}, {self.latent_channels}], got {list(latent.shape)}"
@@ -235,12 +252,12 @@ class SparseSDFVQVAE(nn.Module):
         extent = _round_up_to_power_of_2(highest + 1)
 
         def decode(inputs: Rows, size: Sizes, weights: Sequence[Tensor]) -> Rows:
-            topology = Topology(inputs["coords"], samples + 1, extent)
+            topology = Topology(inputs["coords"], samples + 1, extent, size.windows)
             return {"sdf": self._with_weights(weights, lambda: self._decode(inputs["latent"], topology, factor))}
 
         out = self._graphs.run(
             ("decode", factor, *self._switches()),
-            Sizes(len(latent)),
+            Sizes(len(latent), windows=window_sizes or {}),
             {"coords": coords, "latent": latent},
             decode,
             self._weights(),
@@ -248,7 +265,9 @@ class SparseSDFVQVAE(nn.Module):
             extent=extent,
             train=False,
         )
-        return out["sdf"] if out is not None else self._decode(latent, Topology(coords, samples, extent), factor)
+        if out is not None:
+            return out["sdf"]
+        return self._decode(latent, Topology(coords, samples, extent, window_sizes), factor)
 
     def _decode(self, latent: Tensor, topology: Topology, factor: float | None = None) -> Tensor:
         return self.decoder(
@@ -279,10 +298,15 @@ class SparseSDFVQVAE(nn.Module):
             and self.compute_dtype in (torch.float16, torch.bfloat16)
             and has_kernels(self.device, self.compute_dtype)
             and has_varlen()
+            and all(flash_takes(self.device, self.compute_dtype, dim) for dim in self._head_dims())
             and self.backend in ("auto", "triton")
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
         )
+
+    def _head_dims(self) -> set[int]:
+        layers = [block.attn for part in (self.encoder, self.decoder) for block in part.blocks]
+        return {layer.to_out.in_features // layer.heads for layer in layers}
 
     @property
     def graph_bytes(self) -> int:
@@ -321,20 +345,22 @@ class SparseSDFVQVAE(nn.Module):
 
         def run(inputs: Rows, size: Sizes, weights: Sequence[Tensor]) -> Rows:
             coords, values, active = inputs["coords"], inputs["values"], inputs["active"]
-            pyramid = build_pyramid(coords, values, active, size.level_sizes, samples + 1, extent, padded=True)
+            sizes = (size.level_sizes, samples + 1, extent, size.windows)
+            pyramid = build_pyramid(coords, values, active, *sizes, padded=True)
             return self._with_weights(weights, lambda: work(pyramid, factor))
 
         names = {"coords": "block_coords", "values": "block_sdf", "active": "active"}
         inputs = {name: batch[key].to(self.device, non_blocking=True) for name, key in names.items()}
         inputs["coords"] = inputs["coords"].int()
         key = (kind, factor, inputs["values"].dtype, *self._switches())
-        size = Sizes(blocks, rows2, rows4)
+        size = Sizes(blocks, rows2, rows4, batch.get("window_sizes") or {})
         return self._graphs.run(
             key, size, inputs, run, self._weights(), samples=samples, extent=extent, train=train
         )
 
     # -- training ---------------------------------------------------------------------------------------------------
 
+    @on_own_device
     def forward(self, batch: Batch) -> dict[str, Tensor | None]:
         """Encode, quantize, decode.
 
@@ -343,15 +369,15 @@ class SparseSDFVQVAE(nn.Module):
             moving averages); `commitment_rows` float32 [M]; `latent` float32 [M, L], before quantization.
         """
         out = None
-        if self.training and self._may_graph() and torch.is_grad_enabled():
-            out = self._through_graph("train", batch, self._train_pyramid, train=True)
-        if out is None:
-            try:
+        try:
+            if self.training and self._may_graph() and torch.is_grad_enabled():
+                out = self._through_graph("train", batch, self._train_pyramid, train=True)
+            if out is None:
                 out = self._train_pyramid(self.build_pyramid(batch))
-            except torch.OutOfMemoryError:
-                if not self._graphs.reserved_bytes:
-                    raise
-                self._graphs.refuse("a batch that ran as it is needed their memory")
+        except torch.OutOfMemoryError:
+            if not self._graphs.reserved_bytes:
+                raise
+            self._graphs.refuse("a batch needed their memory")
         if out is None:  # outside the handler, which would keep what the failed pass held
             out = self._train_pyramid(self.build_pyramid(batch))
         if self.training:
@@ -371,6 +397,7 @@ class SparseSDFVQVAE(nn.Module):
             out["codebook_rows"] = quantized.codebook_rows
         return out
 
+    @on_own_device
     @torch.no_grad()
     def initialize_codebook(self, batches: Iterable[Batch], seed: int = 0) -> None:
         """Set the codebook by k-means over the latents of some batches (of all ranks)."""

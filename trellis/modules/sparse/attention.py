@@ -13,11 +13,14 @@ from torch.nn import functional as F
 
 from trellis.modules.sparse.levels import Topology, WindowPlan
 from trellis.modules.sparse.linear import SparseLinear
+from trellis.modules.sparse.plans import MAX_WINDOWS
 
 LENGTH_STEP = 32
 """Windows are padded to a multiple of this, so that little is computed for nothing."""
 MAX_PADDED_ROWS = 1 << 15
 """Rows of one padded batch of windows: bounds the memory of the scores."""
+MAX_PADDING = 4
+"""Padded rows for each row up to which all windows are padded to one length, on a GPU."""
 
 
 class Permute(torch.autograd.Function):
@@ -50,15 +53,28 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Ten
 
 def sorted_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tensor:
     """`windowed_attention` for rows that are sorted by window already (`plan.order`)."""
-    if q.shape[0] == 0:
+    rows, _, dim = q.shape
+    if rows == 0:
         return torch.zeros_like(q)
-    return varlen_attention(q, k, v, plan) if _has_varlen(q) else padded_attention(q, k, v, plan)
+    if has_varlen() and flash_takes(q.device, q.dtype, dim) and plan.num_windows <= MAX_WINDOWS:
+        return varlen_attention(q, k, v, plan)
+    if q.device.type != "cpu" and plan.num_windows * padded_length(plan.max_length) <= MAX_PADDING * rows:
+        return evenly_padded_attention(q, k, v, plan)
+    return padded_attention(q, k, v, plan)
 
 
-def _has_varlen(q: Tensor) -> bool:
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+def flash_takes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether PyTorch's flash kernels take rows of `dim` channels a head: CUDA of capability 8.0 or later, 16 bit, a
+    multiple of 8 up to 256, or for their backward pass on cards other than 8.0 and 9.0 up to 192."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return has_varlen()
+    capability = _capability(device)
+    return capability >= (8, 0) and dim % 8 == 0 and dim <= (256 if capability in ((8, 0), (9, 0)) else 192)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -73,6 +89,32 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tenso
 
     cu = plan.cu_seqlens
     return varlen_attn(q, k, v, cu, cu, plan.max_length, plan.max_length)
+
+
+def padded_length(longest: int) -> int:
+    """Rows that a window of up to `longest` rows is padded to."""
+    return -(-longest // LENGTH_STEP) * LENGTH_STEP
+
+
+def evenly_padded_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tensor:
+    """[M, heads, dim] sorted by window -> the same, through SDPA on windows padded to one length.
+
+    Some more is computed for nothing than in `padded_attention`, but the host need not wait for the windows' lengths.
+    """
+    m, heads, dim = q.shape
+    length = padded_length(plan.max_length)
+    starts, step = plan.cu_seqlens[:-1], torch.arange(length, device=q.device)
+    exists = step < (plan.cu_seqlens[1:] - starts)[:, None]
+    # past a window's end any row does: no query asks for its key, and nobody reads what it asks for
+    rows = (starts[:, None] + step).clamp_max(m - 1).view(-1)
+    own = torch.arange(m, dtype=torch.int32, device=q.device)
+    window = torch.searchsorted(plan.cu_seqlens[1:], own, right=True)
+    place = window * length + own - starts[window]
+    q, k, v = (Permute.apply(x, rows, place).view(-1, length, heads, dim).transpose(1, 2) for x in (q, k, v))
+    mask = (exists | (step == 0))[:, None, None, :]  # an empty window reads one row: no softmax of nothing
+    parts = zip(*(x.split(max(1, MAX_PADDED_ROWS // length)) for x in (q, k, v, mask)))
+    out = [F.scaled_dot_product_attention(a, b, c, attn_mask=d).transpose(1, 2) for a, b, c, d in parts]
+    return torch.cat(out).reshape(-1, heads, dim).index_select(0, place)
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tensor:

@@ -14,19 +14,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trellis.modules.sparse.attention import flash_takes
 from trellis.modules.sparse.kernels.support import has_kernels
-from trellis.modules.sparse.plans import WindowPlan
+from trellis.modules.sparse.plans import MAX_WINDOWS, WindowPlan
 
 EPS = 1e-6
 aten = torch.ops.aten
 
 
-def can_fuse(feats: Tensor) -> bool:
-    """16 bit on CUDA with PyTorch's variable-length attention kernels."""
+def can_fuse(feats: Tensor, heads: int, plan: WindowPlan) -> bool:
+    """Rows in 16 bit on CUDA that PyTorch's variable-length attention kernels take, windows that one launch takes."""
     return (
-        feats.device.type == "cuda"
-        and feats.dtype in (torch.float16, torch.bfloat16)
+        flash_takes(feats.device, feats.dtype, feats.shape[1] // heads)
         and feats.shape[0] > 0
+        and plan.num_windows <= MAX_WINDOWS
         and hasattr(aten, "_flash_attention_forward")
         and hasattr(aten, "_flash_attention_backward")
     )
@@ -67,6 +68,13 @@ class _Plain:
         return F.gelu(hidden, approximate="tanh"), out, out.sum(0).to(dtype)
 
 
+def gelu_product(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """GELU(x weight^T + bias); on CUDA while the product is still in registers."""
+    if x.device.type == "cuda":
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return F.gelu(torch.addmm(bias, x, weight.t()), approximate="tanh")
+
+
 def _row_kernels(x: Tensor) -> Any:
     if has_kernels(x.device, x.dtype):
         from trellis.modules.sparse.kernels import block
@@ -98,8 +106,9 @@ class FusedBlock(torch.autograd.Function):
     """x + attn(LN(x)), then x + mlp(LN(x)); weights may be float32 and are cast to the dtype of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: WindowPlan, heads: int, *parameters: Tensor) -> Tensor:
-        """`parameters`: weight and bias of to_qkv, to_out, and the MLP's two Linears."""
+    def forward(ctx: Any, x: Tensor, plan: WindowPlan, heads: int, keep: bool, *parameters: Tensor) -> Tensor:
+        """`keep`: whether a backward pass may come, which PyTorch does not tell here (`needs_input_grad` is true of
+        parameters without one too). `parameters`: weight and bias of to_qkv, to_out, and the MLP's two Linears."""
         x = x.contiguous()
         rows, channels = x.shape
         wq, bq, wo, bo, w1, b1, w2, b2 = _cast(parameters, x.dtype)
@@ -109,9 +118,8 @@ class FusedBlock(torch.autograd.Function):
         out, lse, *states = attention_forward(qkv, plan)
         handed = torch.addmm(bo, out.view(rows, channels), wo.t())
         middle, normed = rows_of.add_norm(handed, plan.inverse, x)
-        if x.device.type == "cuda" and not any(ctx.needs_input_grad):
-            # GELU while the product is still in registers
-            return torch.addmm(b2, torch._addmm_activation(b1, normed, w1.t(), use_gelu=True), w2.t()).add_(middle)
+        if not keep:
+            return torch.addmm(b2, gelu_product(b1, normed, w1), w2.t()).add_(middle)
         hidden = torch.addmm(b1, normed, w1.t())
         result = torch.addmm(b2, F.gelu(hidden, approximate="tanh"), w2.t()).add_(middle)
         ctx.plan, ctx.heads = plan, heads
@@ -139,4 +147,4 @@ class FusedBlock(torch.autograd.Function):
         by_window = rows_of.norm_rows(x, plan.order)
         d_bq, d_wq = rows_of.column_sums(handed, types[1]), (handed.t() @ by_window).to(types[0])
         grad = rows_of.norm_backward(handed @ wq, plan.inverse, x, grad)
-        return grad, None, None, d_wq, d_bq, d_wo, d_bo, d_w1, d_b1, d_w2, d_b2
+        return grad, None, None, None, d_wq, d_bq, d_wo, d_bo, d_w1, d_b1, d_w2, d_b2

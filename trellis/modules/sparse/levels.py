@@ -7,6 +7,7 @@ found through one [M, 27] table of blocks plus arithmetic, without a hash table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,15 @@ from trellis.modules.sparse.morton import (
     slot_positions,
     tap_offsets,
 )
-from trellis.modules.sparse.plans import RowTiles, WindowPlan, bounded_windows, counted_windows, plan_tiles
+from trellis.modules.sparse.plans import (
+    MAX_WINDOWS,
+    RowTiles,
+    WindowPlan,
+    WindowSizes,
+    bounded_windows,
+    counted_windows,
+    plan_tiles,
+)
 from trellis.utils.blocks import LATENT_STRIDE
 
 TABLE_ROWS = 1 << 21
@@ -38,9 +47,16 @@ class Topology:
         num_samples: batch size; read off the coordinates when None (a stall on a GPU).
         extent: a bound of the spatial coordinates (resolution / 8), which bounds the number of attention windows
             without asking the GPU; counted (a stall on a GPU) when None.
+        window_sizes: of the attention windows, where they are known: closer than that bound.
     """
 
-    def __init__(self, coords: Tensor, num_samples: int | None = None, extent: int | None = None) -> None:
+    def __init__(
+        self,
+        coords: Tensor,
+        num_samples: int | None = None,
+        extent: int | None = None,
+        window_sizes: WindowSizes | None = None,
+    ) -> None:
         if coords.ndim != 2 or coords.shape[1] != 4:
             raise ValueError(f"coords must be [M, 4] (batch, x, y, z), got {list(coords.shape)}")
         self.coords = coords.int()
@@ -49,6 +65,7 @@ class Topology:
             num_samples = int(coords[:, 0].max()) + 1 if self.num_blocks else 0
         self.num_samples = num_samples
         self.extent = extent
+        self.window_sizes = window_sizes or {}
         self._neighbours: Tensor | None = None
         self._starts: Tensor | None = None
         self._windows: dict[tuple[int, int], WindowPlan] = {}
@@ -96,12 +113,23 @@ class Topology:
     def windows(self, size: int, shift: int) -> WindowPlan:
         """Attention windows: floor((coord + shift) / size) per axis and sample."""
         if (size, shift) not in self._windows:
-            if has_kernels(self.device) and self.extent is not None and self.num_blocks:
-                plan = bounded_windows(self.coords, self.num_samples, size, shift, self.extent)
+            known = self._known_windows(size, shift)
+            if has_kernels(self.device) and known is not None and self.num_blocks:
+                plan = bounded_windows(self.coords, size, shift, *known)
             else:
                 plan = counted_windows(self.coords, size, shift)
             self._windows[size, shift] = plan
         return self._windows[size, shift]
+
+    def _known_windows(self, size: int, shift: int) -> Sequence[int] | None:
+        """Number of windows and rows of the largest, or bounds of them; None where the blocks must be asked."""
+        if (size, shift) in self.window_sizes:
+            return self.window_sizes[size, shift]
+        if self.extent is None:
+            return None
+        cells = self.num_samples * ((self.extent + shift + size - 1) // size) ** 3
+        number = min(self.num_blocks, cells)
+        return (number, min(self.num_blocks, size**3)) if number <= MAX_WINDOWS else None
 
 
 class _Kept:
@@ -320,6 +348,7 @@ def build_pyramid(
     level_sizes: list[int] | None = None,
     num_samples: int | None = None,
     extent: int | None = None,
+    window_sizes: WindowSizes | None = None,
     padded: bool = False,
 ) -> Pyramid:
     """Levels of a batch from its blocks.
@@ -329,7 +358,7 @@ def build_pyramid(
         values: [M, 512] TSDF values, slots in Morton order; active: [M, 512] bool, the voxels that the encoder reads.
         level_sizes: rows at strides 1, 2, 4, 8; counted (a stall on a GPU) when None.
         num_samples: batch size; read off the coordinates when None.
-        extent: see `Topology`.
+        extent, window_sizes: see `Topology`.
         padded: `level_sizes` are bounds of the rows, and the last sample is there to fill up: at least one block, none
             with an active voxel. Its rows touch no other sample's; how many real ones there are need not be known to
             the host, so that work recorded once serves batches of many sizes.
@@ -342,7 +371,7 @@ def build_pyramid(
         raise ValueError(
             f"values and active must be [{m}, 512] for {m} blocks, got {list(values.shape)} and {list(active.shape)}"
         )
-    topology = Topology(coords, num_samples, extent)
+    topology = Topology(coords, num_samples, extent, window_sizes)
     occupancy = [active, active.view(m, 64, 8).any(-1)]
     occupancy.append(occupancy[1].view(m, 8, 8).any(-1))
     if level_sizes is None:

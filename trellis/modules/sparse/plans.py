@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trellis.modules.sparse.morton import packed_keys
+
+WindowSizes = Mapping[tuple[int, int], Sequence[int]]
+"""By side and shift of the attention windows: how many hold a block, and the most blocks of one; or bounds of both."""
+MAX_WINDOWS = 65_535
+"""Windows of one call of the variable-length kernels, the y dimension of their launch."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,11 @@ class WindowPlan:
     inverse: Tensor
     cu_seqlens: Tensor
     max_length: int
+
+    @property
+    def num_windows(self) -> int:
+        """W, the empty ones included."""
+        return self.cu_seqlens.shape[0] - 1
 
 
 @dataclass(frozen=True)
@@ -68,19 +79,23 @@ def counted_windows(coords: Tensor, size: int, shift: int) -> WindowPlan:
     return WindowPlan(order, inverse, cu_seqlens, int(lengths.max()) if lengths.numel() else 0)
 
 
-def bounded_windows(coords: Tensor, samples: int, size: int, shift: int, extent: int) -> WindowPlan:
-    """The same with a bound of their number in place of the count, so that the host need not wait for the GPU."""
+def bounded_windows(coords: Tensor, size: int, shift: int, number: int, longest: int) -> WindowPlan:
+    """The same by what is known of them, so that the host need not wait for the GPU.
+
+    Args:
+        number: of the windows, or a bound: the plan has as many. longest: rows of the largest, or a bound. Rows past
+            numbers that are too small get no attention.
+    """
     from trellis.modules.sparse.kernels import tables
 
     m, device = coords.shape[0], coords.device
-    bound = min(m, samples * ((extent + shift + size - 1) // size) ** 3)
     keys, order = torch.sort(tables.cell_keys(coords, size, shift), stable=True)
     rows = torch.arange(m, device=device)
     opens = torch.nn.functional.pad(keys[1:] != keys[:-1], (1, 0), value=True)
-    number = opens.cumsum(0) - 1
+    window = opens.cumsum(0) - 1
     # rows that open no window write into one extra place at the end, which is cut off
-    cu_seqlens = torch.full((bound + 2,), m, dtype=torch.int32, device=device)
-    cu_seqlens.scatter_(0, torch.where(opens, number, bound + 1), rows.int())
+    cu_seqlens = torch.full((number + 2,), m, dtype=torch.int32, device=device)
+    cu_seqlens.scatter_(0, torch.where(opens, window, number + 1), rows.int())
     inverse = torch.empty_like(order)
     inverse[order] = rows
-    return WindowPlan(order, inverse, cu_seqlens[: bound + 1], min(m, size**3))
+    return WindowPlan(order, inverse, cu_seqlens[: number + 1], longest)

@@ -77,10 +77,11 @@ class TransformerBlock(nn.Module):
 
     def _forward(self, feats: Tensor, topology: Topology, fused: bool) -> Tensor:
         attn = self.attn
-        if fused and attn.q_rms_norm is None and can_fuse(feats):
+        plan = topology.windows(attn.window_size, attn.shift)
+        if fused and attn.q_rms_norm is None and can_fuse(feats, attn.heads, plan):
             layers = (attn.to_qkv, attn.to_out, self.mlp.mlp[0], self.mlp.mlp[2])
             parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-            return FusedBlock.apply(feats, topology.windows(attn.window_size, attn.shift), attn.heads, *parameters)
+            return FusedBlock.apply(feats, plan, attn.heads, torch.is_grad_enabled(), *parameters)
         feats = feats + self.attn(layer_norm(feats, 1e-6), topology)
         return feats + self.mlp(layer_norm(feats, 1e-6))
 
