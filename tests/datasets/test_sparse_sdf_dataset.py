@@ -91,6 +91,13 @@ def test_active_counts(shape):
     assert active_counts(shape.block_sdf[:0]).shape == (0,)
 
 
+def counted_windows(coords, side, shift):
+    """How many attention windows the blocks of a batch lie in, and the most of them in one."""
+    windows = torch.cat([coords[:, :1], (coords[:, 1:] + shift) // side], 1)
+    counts = torch.unique(windows, dim=0, return_counts=True)[1]
+    return len(counts), int(counts.max())
+
+
 def test_collate_offsets_sums_and_keeps_the_order(root):
     dataset = SparseSDF(root, resolution=64)
     first, second = dataset[0], dataset[1]
@@ -102,6 +109,7 @@ def test_collate_offsets_sums_and_keeps_the_order(root):
     assert torch.equal(batch["block_sdf"][n[0] : n[0] + n[1]], first["block_sdf"])
     assert batch["blocks_per_sample"].tolist() == n and batch["blocks_per_sample"].dtype == torch.int64
     assert batch["level_sizes"] == [2 * a + b for a, b in zip(second["level_sizes"], first["level_sizes"])]
+    assert batch["window_sizes"] == {kind: counted_windows(batch["block_coords"], *kind) for kind in ((8, 0), (8, 4))}
     assert batch["label"] == ["egg", "roll", "egg"] and batch["cropped"].tolist() == [False] * 3
     assert batch["to_world"].shape == (3, 4, 4) and batch["to_world"].dtype == torch.float64
     assert batch["resolution"] == 64 and bool(batch["loss_blocks"].all())

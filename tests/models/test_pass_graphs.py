@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from trellis.datasets import sparse_sdf
 from trellis.datasets.sparse_sdf import joined_window_sizes, window_sizes
 from trellis.models.autoencoders import pass_graphs
 from trellis.models.autoencoders.pass_graphs import PassGraphs, Recording
 from trellis.models.autoencoders.pass_sizes import Sizes, capacity, cell_width, filling_coords, make_filling
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
+from trellis.modules.sparse import levels
+from trellis.modules.sparse.kernels import support
 from trellis.modules.sparse.levels import build_pyramid
 from trellis.modules.sparse.morton import packed_keys, slot_positions
 
@@ -266,6 +271,185 @@ def test_graphs_make_room_for_a_larger_batch(repeated):
     assert not model._graphs._recordings and model._graphs.reserved_bytes == 0
     with pytest.raises(RuntimeError, match="before the model's next forward pass"):
         waiting.backward()
+
+
+def test_graphs_have_room_for_the_windows_of_every_batch(repeated, monkeypatch):
+    """The windows of a recorded pass as a GPU sees them: a fixed number, those of the blocks that fill up included."""
+    tables = pytest.importorskip("trellis.modules.sparse.kernels.tables", reason="Triton is not installed")
+    monkeypatch.setattr(sparse_sdf, "WINDOWS", ((2, 0), (2, 1)))
+    model, plain = (model_of(backend="cpu", window_size=2, cuda_graphs=graphs).train() for graphs in (True, False))
+    model._graphs = PassGraphs(Repeater)
+    batches = [spheres(radii) for radii in ([0.42], [0.42], [0.41], [0.4], [0.38], [0.42], [0.34, 0.4], [0.34, 0.4])]
+    expected = [plain(batch)["sdf"] for batch in batches]
+    made, bounded = [], levels.bounded_windows
+
+    def spy(coords, size, shift, number, longest):
+        plan, exact = bounded(coords, size, shift, number, longest), levels.counted_windows(coords, size, shift)
+        assert exact.num_windows <= number == plan.num_windows and exact.max_length <= longest <= 8
+        made.append((number, exact.num_windows))
+        return plan
+
+    def keys(coords, size, shift):
+        return packed_keys(torch.cat([coords[:, :1], (coords[:, 1:] + shift) // size], 1))
+
+    def neighbours(topology):
+        return levels._find_block_neighbours(topology.coords)
+
+    monkeypatch.setattr(tables, "cell_keys", keys)
+    monkeypatch.setattr(levels, "has_kernels", lambda device: True)
+    monkeypatch.setattr(levels, "bounded_windows", spy)
+    monkeypatch.setattr(levels.Topology, "block_neighbours", property(neighbours))
+    for batch, good in zip(batches, expected):
+        torch.testing.assert_close(model(batch)["sdf"], good, rtol=1e-4, atol=1e-5)
+    assert model._graphs.hits >= 4
+    bounds, counts = zip(*made)
+    assert max(counts) > 27 and len(set(bounds)) < len(set(counts))
+
+
+def test_batches_without_counted_windows_have_graphs_of_their_own(repeated):
+    model, plain = repeated
+    batch = spheres([0.42])
+    uncounted = {key: value for key, value in batch.items() if key != "window_sizes"}
+    for given in (batch, batch, uncounted, uncounted, batch, uncounted):
+        torch.testing.assert_close(model(given)["sdf"], plain(batch)["sdf"], rtol=1e-4, atol=1e-5)
+    assert [len(r.size.windows) for r in model._graphs._recordings.values()] == [2, 0] and model._graphs.hits == 2
+
+
+def test_passes_follow_those_of_other_streams(repeated):
+    """The recorder orders them, before a batch or a gradient is copied in."""
+    model, _ = repeated
+    batch = spheres([0.42])
+    for _ in range(2):
+        loss_of(model(batch)).backward()
+    graphs = model._graphs
+    calls = graphs._recorder.calls
+    (recording,) = graphs._recordings.values()
+    load, run, back = graphs._load, recording.forward, recording.backward
+    graphs._load = lambda *given: calls.append("load") or load(*given)
+    recording.forward = lambda: calls.append("forward") or run()
+    recording.backward = lambda: calls.append("backward") or back()
+    calls.clear()
+    loss = loss_of(model(batch))
+    assert calls == ["follow", "load", "forward"]
+    loss.backward()
+    assert calls == ["follow", "load", "forward", "follow", "backward"]
+
+
+def test_every_pass_runs_on_the_models_own_device(repeated, monkeypatch):
+    model, _ = repeated
+    entered = []
+
+    @contextmanager
+    def on_device(device):
+        entered.append(device)
+        yield
+
+    for module in (support, pass_graphs):
+        monkeypatch.setattr(module, "on_device", on_device)
+    batch = spheres([0.42])
+    for _ in range(2):
+        loss = loss_of(model(batch))
+    loss.backward()
+    assert entered == [model.device] * 3
+    with torch.no_grad():
+        encoded = model.encode(batch)
+        model.decode_blocks(encoded["mean"], encoded["coords"])
+        model.initialize_codebook([batch])
+    assert entered == [model.device] * 6
+
+
+def test_buffers_made_in_inference_mode_serve_later_passes(repeated):
+    model, plain = repeated
+    batch = spheres([0.42])
+    with torch.inference_mode():
+        for _ in range(3):
+            got = model.encode(batch)["mean"]
+    assert model._graphs.hits == 1 and got.is_inference()
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(batch)["mean"], plain.encode(batch)["mean"], rtol=1e-4, atol=1e-5)
+    assert model._graphs.hits == 2
+
+
+@pytest.mark.parametrize("stage", ["rehearse", "record", "ended badly"])
+def test_no_room_to_record(repeated, stage, caplog):
+    """The step runs as it is, and so do all later ones; what the attempt held is gone."""
+    model, plain = repeated
+    tried = []
+
+    class Full(Repeater):
+        def rehearse(self, function):
+            if stage == "rehearse":
+                self.fail(function)
+            return super().rehearse(function)
+
+        def record(self, function):
+            self.fail(function)
+
+        def fail(self, function):
+            function()
+            tried.append(weakref.ref(function))
+            try:
+                raise torch.OutOfMemoryError("no room")
+            finally:
+                if stage == "ended badly":
+                    raise RuntimeError("the recording cannot be ended")
+
+    model._graphs = PassGraphs(Full)
+    batch = spheres([0.42])
+    for _ in range(4):
+        for m in (model, plain):
+            m.zero_grad()
+            loss_of(m(batch)).backward()
+        gradients = [[p.grad for p in m.parameters()] for m in (model, plain)]
+        for got, good in zip(*gradients):
+            torch.testing.assert_close(got, good, rtol=2e-4, atol=2e-5 * float(good.abs().max() + 1))
+    assert len(tried) == 1 and tried[0]() is None and not model._graphs._recordings
+    assert [r.message for r in caplog.records if "no CUDA graphs" in r.message] == [
+        "no CUDA graphs: there is no room to record one"
+    ]
+
+
+def test_other_errors_of_a_recording_are_raised(repeated):
+    class Broken(Repeater):
+        def record(self, function):
+            raise RuntimeError("a bug")
+
+    model, _ = repeated
+    model._graphs = PassGraphs(Broken)
+    model(spheres([0.42]))
+    with pytest.raises(RuntimeError, match="a bug"):
+        model(spheres([0.42]))
+
+
+def test_nothing_is_rehearsed_where_the_batch_alone_would_not_fit(repeated):
+    """A second recording, whose rehearsal needs as much as the batch as it is, beside what the first holds."""
+    model, plain = repeated
+    for _ in range(2):
+        model(spheres([0.42]))
+    recorder = model._graphs._recorder
+    batch = spheres([0.42, 0.3])
+    recorder.bytes, recorder.free = 1000, 1 << 40
+    model(batch)
+    recorder.free = 1000
+    recorder.rehearse = lambda function: pytest.fail("rehearsed")
+    torch.testing.assert_close(model(batch)["sdf"], plain(batch)["sdf"], rtol=1e-4, atol=1e-5)
+    assert model._graphs._refused and not model._graphs._recordings
+
+
+def test_a_replay_that_runs_out_of_memory_gives_the_graphs_up(repeated):
+    model, plain = repeated
+    batch = spheres([0.42])
+    for _ in range(2):
+        loss_of(model(batch)).backward()
+    (recording,) = model._graphs._recordings.values()
+    model._graphs._recorder.bytes = 1000
+
+    def full():
+        raise torch.OutOfMemoryError("no room for the outputs")
+
+    recording.forward = full
+    torch.testing.assert_close(model(batch)["sdf"], plain(batch)["sdf"], rtol=1e-4, atol=1e-5)
+    assert model._graphs._refused and not model._graphs.reserved_bytes
 
 
 GPU_MODES = {"half": (torch.float16, True), "amp": (torch.float16, False), "bf16": (torch.bfloat16, False)}

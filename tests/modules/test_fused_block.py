@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparse_batches import random_pyramid
 
-from trellis.modules.sparse import fused_block
+from trellis.modules.sparse import fused_block, transformer
 from trellis.modules.sparse.transformer import TransformerBlock
 
 
@@ -48,6 +48,23 @@ def test_fused_block_equals_the_plain_one(shift, monkeypatch):
     named = dict(zip([x, *block.parameters()], good))
     for value, grad in zip([x, *parameters], torch.autograd.grad(out, [x, *parameters], handed)):
         torch.testing.assert_close(grad, named[value], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_nothing_is_kept_where_no_backward_pass_comes(grad, monkeypatch):
+    """Under no_grad the weights still require gradients: GELU runs inside its product, and no tensor is saved."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(transformer, "can_fuse", lambda feats, heads, plan: True)
+    product, inside, kept = fused_block.gelu_product, [], []
+    monkeypatch.setattr(fused_block, "gelu_product", lambda *given: inside.append(1) or product(*given))
+    topology = random_pyramid([20], extent=6).topology
+    block, x = TransformerBlock(24, 3, window_size=4).double(), torch.randn(20, 24, dtype=torch.float64)
+    assert all(p.requires_grad for p in block.parameters())
+    save = lambda t: kept.append(t) or t  # noqa: E731
+    with torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+        out = block(x, topology)
+    assert (inside, bool(kept)) == ([], True) if grad else (inside, kept) == ([1], [])
+    torch.testing.assert_close(out, block(x, topology, False), rtol=0, atol=1e-10)
 
 
 def check_row_kernels(device, dtype, rows, channels, tolerance):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from sparse_batches import random_pyramid
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trellis.datasets.sparse_sdf import joined_window_sizes, window_sizes
 from trellis.modules.sparse import attention
 from trellis.modules.sparse.conv import reference
 from trellis.modules.sparse.levels import Topology, blocks_from_rows, build_pyramid
@@ -171,6 +175,88 @@ def test_attention_stays_inside_its_window(shift, monkeypatch):
     scores = torch.einsum("ihd,jhd->hij", q, k) / 8**0.5
     scores = scores.masked_fill(~same, float("-inf"))
     torch.testing.assert_close(out, torch.einsum("hij,jhd->ihd", scores.softmax(-1), v))
+
+
+class NoQuestions(TorchDispatchMode):
+    """Fails on operations whose result the host waits for on a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert "unique" not in name and name not in ("_local_scalar_dense", "nonzero", "item", "masked_select"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("empty", [0, 2])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_evenly_padded_attention_asks_nothing(shift, empty, monkeypatch):
+    """The values and gradients of the windows by their lengths, without their lengths; several groups of windows."""
+    monkeypatch.setattr(attention, "LENGTH_STEP", 4)
+    monkeypatch.setattr(attention, "MAX_PADDED_ROWS", 128)
+    plan = random_pyramid([40, 0, 27], extent=8).topology.windows(4, shift)
+    bounds = torch.cat([plan.cu_seqlens, plan.cu_seqlens[-1:].expand(empty)])
+    results = []
+    for function in (attention.padded_attention, attention.evenly_padded_attention):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(67, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        handed = torch.randn(67, 2, 8, dtype=torch.float64)
+        mode = NoQuestions() if function is attention.evenly_padded_attention else nullcontext()
+        with mode:
+            out = function(q, k, v, WindowPlan(plan.order, plan.inverse, bounds, plan.max_length))
+            results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), handed)])
+    for good, got in zip(*results):
+        torch.testing.assert_close(got, good, rtol=1e-12, atol=1e-12)
+
+
+def test_flash_takes_what_its_kernels_take(monkeypatch):
+    capability = [(8, 0)]
+    monkeypatch.setattr(attention, "_capability", lambda device: capability[0])
+    card = torch.device("cuda", 0)
+    widths = [8, 64, 68, 192, 200, 256, 264]
+
+    def taken():
+        return [width for width in widths if attention.flash_takes(card, torch.float16, width)]
+
+    assert taken() == [8, 64, 192, 200, 256]
+    capability[0] = (8, 9)  # no backward pass of wider heads there
+    assert taken() == [8, 64, 192]
+    capability[0] = (7, 5)
+    assert taken() == []
+    assert not attention.flash_takes(card, torch.float32, 64)
+    assert not attention.flash_takes(torch.device("cpu"), torch.float16, 64)
+
+
+def test_attention_of_more_windows_than_a_launch_takes(monkeypatch):
+    """Where flash would take the rows, but not so many windows, the padded form runs."""
+    plan = random_pyramid([40], extent=8).topology.windows(4, 0)
+    q, k, v = torch.randn(3, 40, 2, 8)
+    asked = []
+    monkeypatch.setattr(attention, "has_varlen", lambda: True)
+    monkeypatch.setattr(attention, "flash_takes", lambda device, dtype, dim: dim == 8)
+    monkeypatch.setattr(attention, "varlen_attention", lambda q, k, v, plan: asked.append(plan))
+    monkeypatch.setattr(attention, "MAX_WINDOWS", plan.num_windows)
+    attention.sorted_attention(q, k, v, plan)
+    assert asked == [plan]
+    monkeypatch.setattr(attention, "MAX_WINDOWS", plan.num_windows - 1)
+    torch.testing.assert_close(
+        attention.sorted_attention(q, k, v, plan), attention.padded_attention(q, k, v, plan), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("shift", [0, 4])
+def test_known_windows_are_counted_ones(shift):
+    """What a batch says of its windows is what the blocks say; and a bound past a launch's windows is not taken."""
+    parts = [random_pyramid([n], extent=20, seed=n).topology.coords for n in (300, 1, 512)]
+    coords = torch.cat([torch.cat([torch.full((len(p), 1), i), p[:, 1:]], 1) for i, p in enumerate(parts)]).int()
+    told = joined_window_sizes([window_sizes(p[:, 1:].numpy().astype(np.int16)) for p in parts])
+    exact = Topology(coords).windows(8, shift)
+    assert told[8, shift] == (exact.num_windows, exact.max_length)
+    assert Topology(coords, 3, 20, told)._known_windows(8, shift) == told[8, shift]
+    assert Topology(coords, 3, 20)._known_windows(8, shift) == (min(813, 3 * 3**3), 512)
+    assert Topology(coords, 3)._known_windows(8, shift) is None
+    blocks = torch.zeros(70_000, 4)
+    assert Topology(blocks, 1, 312)._known_windows(8, 0) == (39**3, 512)
+    assert Topology(blocks, 1, 512)._known_windows(8, 0) is None
+    assert window_sizes(np.zeros((0, 3), np.int16)) == {(8, 0): (0, 0), (8, 4): (0, 0)}
 
 
 def test_attention_with_empty_windows_at_the_end():

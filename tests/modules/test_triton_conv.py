@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sparse_batches import random_pyramid
@@ -9,6 +12,7 @@ from sparse_batches import random_pyramid
 from trellis.modules.sparse.conv import functional, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without CUDA")
 
 SIZES = [([2, 0, 3], 3, 5), ([1], 1, 2), ([], 4, 4), ([2], 16, 33)]
 GPU_SIZES = [([50, 0, 61], 32, 64), ([64], 64, 64), ([30, 33], 128, 512), ([1], 512, 128), ([], 64, 64), ([40], 24, 40)]
@@ -110,6 +114,59 @@ def test_gradients_of_some_arguments(function, wanted):
         results.append(torch.autograd.grad(out.square().sum(), [arguments[i] for i in wanted]))
     for fast, good in zip(*results):
         assert relative(fast, good) <= 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("function", ["conv_backward", "subdivide_conv_backward"])
+def test_activation_is_gone_before_the_input_gradient(function, monkeypatch):
+    from trellis.modules.sparse.conv import triton as code
+
+    grid = move(random_pyramid([2], density=0.05), "cpu").topology.dense_grid(1)
+    feats = torch.randn(grid.num_rows, 5)
+    weight, rows = (torch.randn(27, 5, 3), 1) if function == "conv_backward" else (torch.randn(8, 8, 5, 3), 8)
+    made, alive = [], []
+
+    def silu(x):
+        made.append(torch.nn.functional.silu(x))
+        return made[-1]
+
+    def gather_wgrad(partial, share, read, *rest, **options):
+        made[0] = weakref.ref(read)
+        return partial.zero_()
+
+    def gather_gemm(*arguments, **options):
+        alive.append(made[0]())
+        assert options["gate"].data_ptr() == feats.data_ptr()
+
+    for name, stub in {"silu": silu, "gather_wgrad": gather_wgrad, "gather_gemm": gather_gemm}.items():
+        monkeypatch.setattr(code, name, stub)
+    getattr(code, function)(torch.randn(rows * grid.num_rows, 3), feats, weight, grid, (True, True, True), True)
+    assert alive == [None]
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [1, 150, 300])
+def test_last_stage_keeps_the_partial_sums_of_one_launch(rows, monkeypatch):
+    """Two children's 12 taps, not all 48; and every launch's other sums start at 16 bytes (1, 3 and 5 tiles)."""
+    from trellis.modules.sparse.conv import triton as code
+
+    widths, starts = set(), []
+
+    def scalar_backward(*arguments, hidden, sums, **options):
+        starts.append(sums.data_ptr() % 16)
+        sums.zero_()
+
+    def gather_wgrad(partial, *arguments, **options):
+        widths.add(partial.shape[1])
+
+    stubs = {"scalar_backward": scalar_backward, "gather_wgrad": gather_wgrad}
+    stubs |= dict.fromkeys(("add_pair", "gather_gemm"), lambda *arguments, **options: None)
+    for name, stub in stubs.items():
+        monkeypatch.setattr(code, name, stub)
+    grid = SimpleNamespace(tap_table=torch.full((27, rows), -1, dtype=torch.int32))
+    per_child, feats, collapsed = torch.zeros(rows, 8), torch.zeros(rows, 5), torch.zeros(8, 8, 5, 2)
+    code.to_scalar_backward(per_child, per_child, feats, collapsed, torch.zeros(2), torch.zeros(1, 2), grid)
+    assert widths == {12 * 5 * 2 * 2 + 2 * 2} and starts == [0] * 4
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])

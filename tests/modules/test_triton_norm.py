@@ -114,6 +114,32 @@ def test_first_stage_interpreted(blocks, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("blocks", [1, 33, 70, 100])
+def test_moments_start_at_16_bytes(blocks, monkeypatch):
+    """Whatever the number of tiles (2 to 5 here): Triton compiles a kernel for each alignment that it meets."""
+    from trellis.modules.sparse.kernels import first_stage
+
+    kernel, seen = first_stage.value_moments_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*tensors, **options):
+                seen.extend(t.data_ptr() % 16 for t in tensors)
+                kernel[grid](*tensors, **options)
+
+            return launch
+
+    monkeypatch.setattr(first_stage, "value_moments_kernel", Spy())
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(blocks, 512, generator=generator)
+    mean, variance = first_stage.value_moments(values, values > 0.3, torch.tensor([0, blocks]))
+    kept = values[values > 0.3].double()
+    close(mean, kept.mean()[None], 1e-6)
+    close(variance, kept.var(correction=0)[None], 1e-5)
+    assert len(seen) == 6 and not any(seen)
+
+
+@interpreted
 def test_nearest_code_interpreted():
     check_nearest("cpu", 70, 130, 5)
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trellis.modules.sparse.kernels.reduce import plan_tiles, sum_moments, sum_tiles
-from trellis.modules.sparse.kernels.support import power_of_2
+from trellis.modules.sparse.kernels.support import cdiv, power_of_2
 from trellis.modules.sparse.levels import Grid
 
 BLOCK_TILE, BLOCKS = 32, 8
@@ -143,7 +143,9 @@ def value_moments(values: Tensor, exists: Tensor, block_starts: Tensor) -> tuple
     blocks, cells = values.shape
     tiles = plan_tiles(block_starts, blocks, BLOCK_TILE)
     number = tiles.spans.shape[0]
-    counts, means, squares = torch.empty(3, number, dtype=torch.float32, device=values.device).unbind(0)
+    # each starts at a multiple of 16 bytes, so that no number of tiles asks for a kernel of its own
+    shape = (3, 4 * cdiv(number, 4))
+    counts, means, squares = torch.empty(shape, dtype=torch.float32, device=values.device).unbind(0)
     if number:
         exists = exists.view(torch.uint8)
         value_moments_kernel[(number,)](values, exists, tiles.spans, counts, means, squares, CELLS=cells, BB=BLOCKS)
