@@ -11,6 +11,13 @@ CARRIED = Path(__file__).resolve().parents[1] / ".carry"
 """Where the same material travels along to a machine that gets the checkout alone (ignored by git)."""
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` leaves files without such a test alone: a machine that only trains lacks what they import."""
+    if config.getoption("-m") != "gpu" or collection_path.suffix != ".py":
+        return None
+    return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect `gpu` tests unless `-m` names them; asked for without a device they fail in their fixture."""
     if "gpu" in (config.getoption("-m") or ""):

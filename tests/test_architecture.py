@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -250,3 +252,25 @@ def test_files_open_with_a_sentence():
         if parse(path).body and not (ast.get_docstring(parse(path)) or "").strip()
     ]
     assert not problems, f"no module docstring: {problems}"
+
+
+def test_gpu_tests_run_where_only_training_does():
+    """`-m gpu` imports the files that hold such tests alone, and these need no more than training does."""
+    spec = importlib.util.spec_from_file_location("the_conftest", ROOT / "tests" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    config = SimpleNamespace(getoption=lambda name: "gpu")
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    kept = [path for path in files if conftest.pytest_ignore_collect(path, config) is None]
+    assert {"test_pass_graphs.py", "test_training_cuda.py"} <= {path.name for path in kept} and len(kept) < len(files)
+    problems = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in kept
+        for node in parse(path).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for _, name in imported_names(node, package_of(path))
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not problems, problems
+    config = SimpleNamespace(getoption=lambda name: "not gpu")
+    assert all(conftest.pytest_ignore_collect(path, config) is None for path in files)
