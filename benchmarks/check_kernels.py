@@ -21,7 +21,10 @@ from trellis.modules.sparse.levels import Pyramid, build_pyramid
 from trellis.modules.sparse.plans import bounded_windows
 from trellis.modules.sparse.pool import first_stage
 
-WIDTHS = [(24, 40), (32, 64), (64, 64), (128, 512)]
+WIDTHS = [
+    (24, 40), (32, 64), (64, 64), (128, 512), (32, 32), (64, 32), (64, 128), (128, 128), (128, 64),
+    (512, 128), (512, 512),
+]  # fmt: skip
 
 
 def tiny_pyramid(device: str) -> Pyramid:

@@ -12,10 +12,18 @@ from sparse_batches import random_pyramid
 from trellis.modules.sparse.conv import functional, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from trellis.modules.sparse.conv.triton_tiles import CHILDREN, PAIRS, PLAIN, Tile  # noqa: E402
+from trellis.modules.sparse.conv.triton_wgrad import add_pair, gather_wgrad, partial_sums, sum_partial  # noqa: E402
+
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without CUDA")
 
 SIZES = [([2, 0, 3], 3, 5), ([1], 1, 2), ([], 4, 4), ([2], 16, 33)]
-GPU_SIZES = [([50, 0, 61], 32, 64), ([64], 64, 64), ([30, 33], 128, 512), ([1], 512, 128), ([], 64, 64), ([40], 24, 40)]
+GPU_SIZES = [
+    ([50, 0, 61], 32, 64), ([64], 64, 64), ([30, 33], 128, 512), ([1], 512, 128), ([], 64, 64), ([40], 24, 40),
+    ([50, 14], 32, 32), ([63], 64, 32), ([40, 0, 9], 64, 128), ([45], 128, 128), ([51], 128, 64), ([20], 512, 512),
+]  # fmt: skip
+"""All widths of the published network, whose tiles are tuned one by one, and odd ones."""
 TOLERANCE = {"ieee": 5e-6, "tf32": 2e-3, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of ||out - reference|| / ||reference||, inputs rounded to the dtype first: rounding of the output and of float32 sums
 (ieee), of the products' operands (tf32: 10 bits), or of gradients in between (16 bit)."""
@@ -117,6 +125,38 @@ def test_gradients_of_some_arguments(function, wanted):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "mode, taps, swap", [(PLAIN, 3, True), (CHILDREN, 2, True), (CHILDREN, 4, False), (PAIRS, 3, False), (PAIRS, 4, True)]
+)
+def test_weight_gradient_of_several_taps_a_program(mode, taps, swap):
+    """Tiles as the tuned ones are, which no small width gets by itself; sums split over two programs. 2 s each."""
+    topology = random_pyramid([70], extent=5, density=0.01).topology
+    near, table = topology.block_neighbours, topology.block_neighbours.t().contiguous()
+    c_in, c_out, tile = 5, 3, Tile(16, 16, 16, taps, swap=swap)
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.randn(70, c_in, generator=generator)
+    handed = torch.randn(70, 1 if mode == PLAIN else 8, c_out, generator=generator)
+    if mode == PAIRS:
+        got = torch.zeros(27 * c_in * c_out + c_out)
+        partial, share = partial_sums(feats, 2 * c_out, table, mode=mode, tile=tile)
+        for first in range(0, 8, 2):
+            pair = handed[:, first : first + 2].reshape(70, -1).contiguous()
+            gather_wgrad(partial, share, feats, pair, table, mode=mode, first_child=first, tile=tile)
+            add_pair(partial, got, first, c_in, c_out)
+        got = [got[:-c_out].view(27, c_in, c_out), got[-c_out:]]
+    else:
+        partial, share = partial_sums(feats, c_out, table, mode=mode, tile=tile)
+        gather_wgrad(partial, share, feats, handed.view(-1, c_out), table, mode=mode, tile=tile)
+        got = sum_partial(partial, c_in, c_out, torch.float32, mode=mode)
+    assert partial.shape[0] == 2
+    oracle = reference.submanifold_conv3d if mode == PLAIN else reference.subdivide_conv3d
+    leaves = [torch.zeros(s, dtype=torch.float64, requires_grad=True) for s in [(27, c_in, c_out), (c_out,)]]
+    out = oracle(feats.double(), *leaves, near)
+    good = torch.autograd.grad(out, leaves, handed.view(-1, c_out).double())
+    assert all(relative(a, b) <= TOLERANCE["ieee"] for a, b in zip(got, good))
+
+
+@interpreted
 @pytest.mark.parametrize("function", ["conv_backward", "subdivide_conv_backward"])
 def test_activation_is_gone_before_the_input_gradient(function, monkeypatch):
     from trellis.modules.sparse.conv import triton as code
@@ -213,29 +253,3 @@ def test_backend_that_cannot_run_is_refused(monkeypatch):
         functional.resolve_backend("triton", torch.device("cuda"), torch.float64)
     assert functional.resolve_backend("auto", torch.device("cuda"), torch.float64) == "cpu"
     assert functional.resolve_backend("auto", torch.device("cuda"), torch.float16) == "triton"
-
-
-@pytest.mark.gpu
-def test_addresses_past_31_bits(cuda_device):
-    """35 million rows of 64 channels: the last rows of the convolution and of its gradients against plain sums."""
-    from trellis.modules.sparse.levels import Topology
-
-    axis = torch.arange(41, device=cuda_device)
-    blocks = torch.cartesian_prod(axis, axis, axis)
-    grid = Topology(torch.cat([torch.zeros_like(blocks[:, :1]), blocks], 1), 1, 41).dense_grid(8)
-    assert grid.num_rows * 64 > 1 << 31
-    feats = torch.randn(grid.num_rows, 64, device=cuda_device, dtype=torch.float16).requires_grad_()
-    weight = (torch.randn(27, 64, 16, device=cuda_device) * 0.1).half().requires_grad_()
-    out = functional.submanifold_conv3d(feats, weight, None, grid, backend="triton")
-    handed = torch.zeros_like(out)
-    last = torch.arange(grid.num_rows - 300, grid.num_rows, device=cuda_device)
-    handed[last] = torch.randn(300, 16, device=cuda_device, dtype=torch.float16)
-    out.backward(handed)
-    near = grid.tap_table[:, last].t().long()
-    gathered = torch.where((near >= 0)[..., None], feats.detach()[near.clamp_min(0)].double(), 0.0)
-    expected = torch.einsum("ntc,tcd->nd", gathered, weight.detach().double())
-    assert relative(out[last], expected) < TOLERANCE[torch.float16]
-    assert relative(weight.grad, torch.einsum("ntc,nd->tcd", gathered, handed[last].double())) < 4e-3
-    handed_near = torch.where((near >= 0)[..., None], handed[near.clamp_min(0)].double(), 0.0)
-    expected = torch.einsum("ntd,tcd->nc", handed_near, weight.detach().double().flip(0))
-    assert relative(feats.grad[last], expected) < TOLERANCE[torch.float16]

@@ -206,7 +206,7 @@ def gather_wgrad(
 
     Args:
         partial, share: of `partial_sums` with the same mode and tile.
-        feats: [N, in]; grad: [N, out], [8 N, out] for CHILDREN; table: [27, N] int32.
+        feats: [N, in]; grad: [N, out], [8 N, out] for CHILDREN; table: [27, N] int32. All contiguous.
         first_child: for PAIRS, of the two children whose columns are side by side in grad.
     """
     count = table.shape[1]
