@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from pass_cases import Repeater, loss_of, model_of, spheres
 
 from trellis.datasets import sparse_sdf
-from trellis.datasets.sparse_sdf import joined_window_sizes, window_sizes
+from trellis.datasets.sparse_sdf import window_sizes
 from trellis.models.autoencoders import pass_graphs
 from trellis.models.autoencoders.pass_graphs import PassGraphs, Recording
 from trellis.models.autoencoders.pass_sizes import Sizes, capacity, cell_width, filling_coords, make_filling
@@ -18,66 +19,7 @@ from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.modules.sparse import levels
 from trellis.modules.sparse.kernels import support
 from trellis.modules.sparse.levels import build_pyramid
-from trellis.modules.sparse.morton import packed_keys, slot_positions
-
-
-def spheres(radii, resolution=32, device="cpu"):
-    """Spheres in block form, as collate makes them."""
-    side = resolution // 8
-    cells = slot_positions(side)
-    centre = (cells[:, None] * 8 + slot_positions(8) + 0.5) / resolution - 0.5
-    coords, values = [], []
-    for sample, radius in enumerate(radii):
-        sdf = ((centre.norm(dim=-1) - radius) * resolution / 4).clamp(-1, 1).half()
-        keep = (sdf.abs() < 1).any(1)
-        coords.append(torch.cat([torch.full((int(keep.sum()), 1), sample), cells[keep]], 1).int())
-        values.append(sdf[keep])
-    counts = torch.tensor([len(c) for c in coords])
-    coords, values = torch.cat(coords), torch.cat(values)
-    active = values.abs() < 1
-    levels = [active, active.view(-1, 64, 8).any(2), active.view(-1, 8, 64).any(2)]
-    windows = [window_sizes(part[:, 1:].numpy()) for part in coords.split(counts.tolist())]
-    return {
-        "block_coords": coords.to(device),
-        "block_sdf": values.to(device),
-        "active": active.to(device),
-        "blocks_per_sample": counts,
-        "level_sizes": [int(x.sum()) for x in levels] + [len(coords)],
-        "window_sizes": joined_window_sizes(windows),
-        "resolution": resolution,
-    }
-
-
-def model_of(**changes):
-    torch.manual_seed(0)
-    arguments = {"model_channels": 64, "latent_channels": 4, "num_blocks": 2, "num_embeddings": 16}
-    return SparseSDFVQVAE(**{**arguments, **changes})
-
-
-class Repeater:
-    """Stands in for the card: calls the function again where a graph would replay its kernels."""
-
-    bytes, free = 0, 1 << 40
-
-    def __init__(self):
-        self.calls = []
-
-    def follow(self):
-        self.calls.append("follow")
-
-    def free_bytes(self):
-        return self.free
-
-    def release(self):
-        self.bytes = 0
-
-    def rehearse(self, function):
-        function()
-        return 0
-
-    def record(self, function):
-        function()
-        return function
+from trellis.modules.sparse.morton import packed_keys
 
 
 @pytest.fixture
@@ -88,10 +30,6 @@ def repeated(monkeypatch):
     model, plain = model_of(backend="cpu"), model_of(backend="cpu", cuda_graphs=False)
     model._graphs = PassGraphs(Repeater)
     return model.train(), plain.train()
-
-
-def loss_of(out):
-    return out["sdf"].square().sum() + out["commitment_rows"].sum() + 0.5 * out["codebook_rows"].sum()
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -450,105 +388,3 @@ def test_a_replay_that_runs_out_of_memory_gives_the_graphs_up(repeated):
     recording.forward = full
     torch.testing.assert_close(model(batch)["sdf"], plain(batch)["sdf"], rtol=1e-4, atol=1e-5)
     assert model._graphs._refused and not model._graphs.reserved_bytes
-
-
-GPU_MODES = {"half": (torch.float16, True), "amp": (torch.float16, False), "bf16": (torch.bfloat16, False)}
-
-
-def on_the_card(mode, **changes):
-    dtype, narrow = GPU_MODES[mode]
-    model = model_of(model_channels=128, **changes).cuda().train()
-    model.set_compute_dtype(dtype)
-    if narrow:
-        model.encoder.to(dtype)
-        model.decoder.to(dtype)
-    return model
-
-
-def compare_steps(model, plain, radii, tolerance):
-    """Steps of both with the same weights and gradients kept over some steps: errors by each tensor's own size.
-
-    A bias before a norm has no gradient but rounding: its error counts against all gradients.
-    """
-    worst = {}
-    for step, radius in enumerate(radii):
-        batch = spheres(radius, 128, "cuda")
-        outputs = []
-        for m in (model, plain):
-            m.zero_grad(set_to_none=step % 3 > 0)
-            out = m(batch)
-            loss = (out["sdf"] - batch["block_sdf"].float()).square().mean() + out["codebook_rows"].mean()
-            (256 * (loss + 0.25 * out["commitment_rows"].mean())).backward()
-            outputs.append(out)
-        got, out = outputs
-        pairs = {name: (got[name], out[name]) for name in ("sdf", "latent", "commitment_rows")}
-        pairs |= {name: (a.grad, b.grad) for (name, a), b in zip(model.named_parameters(), plain.parameters())}
-        whole = torch.stack([b.detach().double().norm() for name, (_, b) in pairs.items() if name not in got]).norm()
-        for name, (a, b) in pairs.items():
-            a, b = a.detach().double(), b.detach().double()
-            error = float((a - b).norm() / (b.norm() + (0 if name in got else 1e-2 * whole)))
-            worst[name] = max(worst.get(name, 0), error)
-        print(step, radius, max((e, name) for name, e in worst.items()))
-        assert float((got["ids"] == out["ids"]).float().mean()) > 0.99
-        with torch.no_grad():
-            for a, b in zip(model.parameters(), plain.parameters()):
-                change = b.grad.clamp(-1, 1) * 1e-4
-                a.sub_(change)
-                b.sub_(change)
-        for m in (model, plain):
-            m.quantizer.discard()
-    assert max(worst.values()) < tolerance, sorted(worst.items(), key=lambda item: -item[1])[:5]
-
-
-RADII = [[0.4], [0.4], [0.398], [0.4], [0.402], [0.401], [0.3, 0.42], [0.3, 0.42], [0.42, 0.3], [0.4], [0.401]]
-
-
-@pytest.mark.gpu
-def test_filling_up_on_the_kernels(cuda_device, monkeypatch):
-    """Float32, no graph: batches filled up against batches as they are."""
-    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: self.cuda_graphs)
-    model = model_of(model_channels=128).cuda().train()
-    model._graphs = PassGraphs(Repeater)
-    compare_steps(model, model_of(model_channels=128, cuda_graphs=False).cuda().train(), RADII, 1e-3)
-    assert model._graphs.hits >= 4
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", [*GPU_MODES, "checkpoint"])
-def test_graphs_on_the_card(mode, cuda_device):
-    """The recorded kernels against the same kernels launched one by one."""
-    changes = {"use_checkpoint": True} if mode == "checkpoint" else {}
-    model, plain = (on_the_card("half" if changes else mode, **changes) for _ in range(2))
-    plain._graphs = PassGraphs(Repeater)
-    # the same bits but for the attention's backward pass, which adds in any order
-    compare_steps(model, plain, RADII, 8 * torch.finfo(model.compute_dtype).eps)
-    assert model._graphs.hits == plain._graphs.hits >= 4
-    batch = spheres([0.4], 128, "cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    loss_of(model(batch)).backward()
-    torch.cuda.set_sync_debug_mode("default")
-    first, second = model(batch), model(batch)
-    with pytest.raises(RuntimeError, match="before the model's next forward pass"):
-        first["sdf"].sum().backward()
-    second["sdf"].sum().backward()
-
-
-@pytest.mark.gpu
-def test_memory_of_graphs_does_not_creep(cuda_device):
-    model = on_the_card("half")
-    generator = torch.Generator().manual_seed(0)
-    batches = [spheres([0.3 + 0.12 * float(torch.rand(1, generator=generator))], 128, "cuda") for _ in range(20)]
-    seen = []
-    for step in range(160):
-        out = model(batches[step % 20])
-        (out["sdf"].square().mean() + out["codebook_rows"].mean()).backward()
-        model.zero_grad()
-        model.quantizer.discard()
-        del out
-        if step % 20 == 19:
-            torch.cuda.empty_cache()
-            seen.append(torch.cuda.memory_reserved())
-    graphs = model._graphs
-    print("reserved", seen, "graphs", len(graphs._recordings), "hits", graphs.hits, "misses", graphs.misses)
-    assert graphs.hits > 100
-    assert seen[-1] <= seen[-3]

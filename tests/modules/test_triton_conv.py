@@ -126,7 +126,8 @@ def test_gradients_of_some_arguments(function, wanted):
 
 @interpreted
 @pytest.mark.parametrize(
-    "mode, taps, swap", [(PLAIN, 3, True), (CHILDREN, 2, True), (CHILDREN, 4, False), (PAIRS, 3, False), (PAIRS, 4, True)]
+    "mode, taps, swap",
+    [(PLAIN, 3, True), (CHILDREN, 2, True), (CHILDREN, 4, False), (PAIRS, 3, False), (PAIRS, 4, True)],
 )
 def test_weight_gradient_of_several_taps_a_program(mode, taps, swap):
     """Tiles as the tuned ones are, which no small width gets by itself; sums split over two programs. 2 s each."""
