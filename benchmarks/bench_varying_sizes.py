@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from shell_batch import BAND, machine
 
+from trellis.datasets.sparse_sdf import window_sizes
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.modules.sparse.morton import packed_keys, slot_positions
 
@@ -49,6 +50,7 @@ def ellipsoid_batch(resolution: int, half_axes: torch.Tensor, device: str) -> di
         "active": active,
         "blocks_per_sample": torch.tensor([len(coords)]),
         "level_sizes": [int(s.sum()) for s in sizes] + [len(coords)],
+        "window_sizes": window_sizes(coords[:, 1:].cpu().numpy()),
         "resolution": resolution,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trellis.datasets.sparse_sdf import window_sizes
 from trellis.modules.sparse.morton import packed_keys, slot_positions
 
 RADIUS, BAND = 0.475, 4
@@ -35,6 +36,7 @@ def shell_batch(resolution: int, device: str) -> dict:
         "active": active,
         "blocks_per_sample": torch.tensor([len(coords)]),
         "level_sizes": [int(s.sum()) for s in sizes] + [len(coords)],
+        "window_sizes": window_sizes(coords[:, 1:].cpu().numpy()),
         "resolution": resolution,
     }
 
