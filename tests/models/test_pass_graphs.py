@@ -12,11 +12,11 @@ from pass_cases import Repeater, loss_of, model_of, spheres
 
 from trellis.datasets import sparse_sdf
 from trellis.datasets.sparse_sdf import window_sizes
-from trellis.models.autoencoders import pass_graphs
+from trellis.models.autoencoders import pass_graphs, ss_vqvae
 from trellis.models.autoencoders.pass_graphs import PassGraphs, Recording
 from trellis.models.autoencoders.pass_sizes import Sizes, capacity, cell_width, filling_coords, make_filling
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
-from trellis.modules.sparse import levels
+from trellis.modules.sparse import attention, levels
 from trellis.modules.sparse.kernels import support
 from trellis.modules.sparse.levels import build_pyramid
 from trellis.modules.sparse.morton import packed_keys
@@ -294,6 +294,20 @@ def test_every_pass_runs_on_the_models_own_device(repeated, monkeypatch):
         model.decode_blocks(encoded["mean"], encoded["coords"])
         model.initialize_codebook([batch])
     assert entered == [model.device] * 6
+
+
+@pytest.mark.parametrize("heads, capability, may", [(1, (8, 9), True), (16, (8, 9), False), (1, (7, 5), False)])
+def test_nothing_is_recorded_without_variable_length_attention(heads, capability, may, monkeypatch):
+    """Heads of 4 channels, or a card before 8.0: windows are padded, and the host asks for their lengths."""
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(SparseSDFVQVAE, "device", property(lambda self: card))
+    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    for name in ("has_varlen", "has_kernels"):
+        monkeypatch.setattr(ss_vqvae, name, lambda *given: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model = model_of(num_heads=heads)
+    model.set_compute_dtype(torch.float16)
+    assert model._may_graph() == may
 
 
 def test_buffers_made_in_inference_mode_serve_later_passes(repeated):

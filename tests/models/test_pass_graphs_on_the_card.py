@@ -122,6 +122,28 @@ def test_encoding_and_decoding_through_graphs(mode, cuda_device, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_passes_from_two_streams(cuda_device, monkeypatch):
+    """They share buffers: each waits for the other's, and its outputs are those of its own batch."""
+    monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 2, False: 2})
+    model, plain = on_the_card("half").eval(), on_the_card("half", cuda_graphs=False).eval()
+    batches = [spheres([0.4], 128, "cuda") for _ in range(2)]
+    batches[1]["block_sdf"] = -batches[1]["block_sdf"]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with torch.no_grad():
+        good = [plain.encode(batch)["mean"] for batch in batches]
+        for _ in range(3):
+            model.encode(batches[0])
+        torch.cuda.synchronize()
+        got = []
+        for i in range(20):
+            with torch.cuda.stream(streams[i % 2]):
+                got.append(model.encode(batches[i % 2])["mean"])
+        torch.cuda.synchronize()
+    assert model._graphs.hits >= 20
+    assert all(distance(mean, good[i % 2]) < 8 * torch.finfo(torch.float16).eps for i, mean in enumerate(got))
+
+
+@pytest.mark.gpu
 def test_a_float32_step_asks_the_card_nothing(cuda_device):
     """Its attention pads windows, whose number and length the batch tells."""
     model, batch = model_of(model_channels=128).cuda().train(), spheres([0.4, 0.3], 128, "cuda")

@@ -100,7 +100,8 @@ def split_decode(
     """The values of `decoder.forward`, some blocks at a time.
 
     Args:
-        latent: [M, L]; coords: [M, 4] (batch, x, y, z), samples in ascending order. On the decoder's device.
+        latent: [M, L]; coords: [M, 4] (batch, x, y, z), samples in ascending order. On the decoder's device, which must
+            be the current one while the parts are taken.
         dtype, factor, fused, backend: as of `decoder.forward`. On a CPU "auto" is "cpu", whose memory is predictable.
 
     Yields:

@@ -77,13 +77,13 @@ def wgrad_bytes(tile: Tile, dtype: torch.dtype, memory: SharedMemory) -> int:
 
 
 def _pipeline_bytes(tile: Tile, step: int, gathered: int, memory: SharedMemory) -> int:
-    """Buffers between loads and products for a step's bytes and its gathered rows' numbers, as Triton lays them out.
+    """Buffers between loads and products for a step's bytes, and for its gathered rows' numbers in every stage.
 
     A gather waits for its row numbers, so that the stages are shared between the numbers' way and the rows'
     (`benchmarks/check_shared_memory.py` compares with what Triton's compiler takes).
     """
     ahead = max(1, (tile.stages - 1) // 2)
-    return (ahead + memory.reads_ahead) * step + (ahead + 1) * 4 * gathered
+    return (ahead + memory.reads_ahead) * step + tile.stages * 4 * gathered
 
 
 def _fitted(tile: Tile, kernel_bytes: Callable[..., int], dtype: torch.dtype, memory: SharedMemory) -> Tile:
