@@ -52,13 +52,12 @@ def sorted_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tenso
     """`windowed_attention` for rows that are sorted by window already (`plan.order`)."""
     if q.shape[0] == 0:
         return torch.zeros_like(q)
-    return varlen_attention(q, k, v, plan) if _has_varlen(q) else padded_attention(q, k, v, plan)
+    return varlen_attention(q, k, v, plan) if takes_varlen(q) else padded_attention(q, k, v, plan)
 
 
-def _has_varlen(q: Tensor) -> bool:
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return has_varlen()
+def takes_varlen(x: Tensor) -> bool:
+    """Whether queries of this device and dtype go through `varlen_attention`, not `padded_attention`."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and has_varlen()
 
 
 @cache
