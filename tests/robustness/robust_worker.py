@@ -29,10 +29,7 @@ LONGEST_MESSAGE = 4000
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    return 0
+    return int(Path("/proc/self/status").read_text().split(f"{field}:", 1)[1].split(None, 1)[0]) << 10
 
 
 def reset_peak() -> None:
