@@ -6,7 +6,11 @@ import nibabel
 import numpy as np
 import pytest
 
-from trellis.pipelines.label_volume import LabelPainter, VolumeGrid, label_numbers, write_label_table, write_nifti
+from trellis.geometry.volume import read_volume, write_label_volume
+from trellis.pipelines.label_volume import LabelPainter, VolumeGrid, label_numbers, write_label_table
+
+
+SHEARED = np.array([[-1.5, 0.2, 0, 10], [0.1, 1.0, 0.3, -20], [0, 0, 2.0, 30], [0, 0, 0, 1]])
 
 
 def test_numbers_follow_names():
@@ -45,13 +49,13 @@ def test_no_overlap_and_empty_mask():
 
 
 def test_header_holds_the_geometry_and_nothing_else(tmp_path):
-    affine = np.array([[-1.5, 0.2, 0, 10], [0.1, 1.0, 0.3, -20], [0, 0, 2.0, 30], [0, 0, 0, 1]])
-    data = np.arange(24, dtype=np.uint16).reshape(2, 3, 4)
-    write_nifti(tmp_path / "a.nii.gz", data, affine)
-    write_nifti(tmp_path / "b.nii.gz", data, affine)
+    data = np.arange(300, 324, dtype=np.uint16).reshape(2, 3, 4)
+    write_label_volume(tmp_path / "a.nii.gz", data, SHEARED)
+    write_label_volume(tmp_path / "b.nii.gz", data, SHEARED)
     image = nibabel.load(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(np.asarray(image.dataobj), data)
-    np.testing.assert_allclose(image.affine, affine, atol=1e-5)
+    np.testing.assert_allclose(image.affine, SHEARED, atol=1e-5)
+    assert read_volume(tmp_path / "a.nii.gz").notes == (), "a qform that contradicts the sform would be noted"
     assert image.get_data_dtype() == np.uint16 and image.header.get_xyzt_units()[0] == "mm"
     for field in ("descrip", "intent_name", "aux_file", "db_name"):
         assert not bytes(image.header[field]).strip(b"\0")

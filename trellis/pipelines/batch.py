@@ -16,7 +16,6 @@ from trellis.pipelines.label_volume import (
     VolumeGrid,
     label_numbers,
     write_label_table,
-    write_nifti,
 )
 from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
 from trellis.pipelines.token_files import TOKEN_SUFFIX, Tokens, load_tokens, save_tokens
@@ -219,6 +218,8 @@ def decode_together(
     Raises:
         ValueError: a path of another kind, no reference, or inputs that are not there.
     """
+    from trellis.geometry.volume import write_label_volume
+
     path = Path(path)
     if not path.name.endswith(f".{VOLUME_FORMAT}"):
         raise ValueError(f"{path}: a label volume is written as .{VOLUME_FORMAT}")
@@ -240,7 +241,7 @@ def decode_together(
         except HANDLED as error:
             outcome.failures.append(Failure(str(token_path), token_path.stem, "decode", one_line(error)))
         progress(done, len(found))
-    write_nifti(path, painter.labels, grid.affine)
+    write_label_volume(path, painter.labels, grid.affine)
     table = path.with_name(path.name.removesuffix(f".{VOLUME_FORMAT}") + ".csv")
     write_label_table(table, sorted(rows))
     outcome.written += [path, table]
@@ -270,12 +271,13 @@ def _mesh(tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens) -> tuple[np
 def _decode_one(
     tokenizer: SparseSDFTokenizer, path: Path, target: Path, mesh_space: str, grid: VolumeGrid | None
 ) -> None:
+    from trellis.geometry.volume import write_label_volume
     from trellis.utils.mesh_utils import write_mesh
 
     tokens = load_tokens(path)
     if grid is not None:
         inside, affine = _mask(tokenizer, path, tokens, grid)
-        write_nifti(target, inside.astype(np.uint8), affine)
+        write_label_volume(target, inside, affine)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".ply":

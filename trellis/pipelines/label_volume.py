@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,18 +84,6 @@ class LabelPainter:
         flat[index[~others | (limit[before] > size)]] = number
         self._sizes[number] = max(size, self._sizes.get(number, 0))
         return size
-
-
-def write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    """A NIfTI (gzip) in RAS mm, atomically; its header holds the geometry and nothing else."""
-    import nibabel
-
-    image = nibabel.Nifti1Image(data, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
-    with atomic_write(path) as stream, gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as packed:
-        packed.write(image.to_bytes())
 
 
 def write_label_table(path: Path, rows: Sequence[tuple[int, str, str, int]]) -> None:
