@@ -180,6 +180,7 @@ def _prepared(path: Path) -> Facts:
         "band_voxels": blocks.band_voxels,
         "frame": blocks.frame,
         "label": blocks.label,
+        "label_value": blocks.label_value,
         "patient_id": blocks.patient_id,
         "blocks": blocks.num_blocks,
         "active_voxels": int(np.count_nonzero(blocks.active)),
@@ -208,6 +209,8 @@ def _tokens(path: Path) -> Facts:
     tokens = load_tokens(path)
     return {
         "label": tokens.label,
+        "label_value": tokens.label_value,
+        "patient_id": tokens.patient_id or None,
         "sha256": tokens.sha256,
         "resolution": tokens.resolution,
         "frame": tokens.frame,

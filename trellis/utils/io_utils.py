@@ -110,6 +110,8 @@ def save_sparse_sdf(path: str | Path, blocks: SparseSDFBlocks, *, schema: int = 
             "prep_hash": np.str_(blocks.prep_hash),
             "frame": np.str_(blocks.frame),
         }
+        if blocks.label_value is not None:
+            arrays["label_value"] = np.int64(blocks.label_value)
     else:
         raise ValueError(f"schema must be 1 or {SCHEMA_VERSION}, got {schema}")
     with atomic_write(path) as stream:
@@ -196,6 +198,7 @@ def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:
         patient_id=str(fields.get("patient_id", "")),
         prep_hash=str(fields.get("prep_hash", "")),
         frame=str(fields.get("frame", "shape")),
+        label_value=int(fields["label_value"]) if "label_value" in fields else None,
     )
     if not within_unit_interval(blocks.block_sdf):
         raise ValueError("block_sdf must lie in [-1, 1] without NaN")
