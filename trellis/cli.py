@@ -245,7 +245,10 @@ def encode(
 DECODE_EXAMPLES = """\
 Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format stl
 
-Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format ply --max-memory-gb 4"""
+Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format ply --max-memory-gb 4
+
+Example: trellis-vqvae decode run/ tokens/ -o labels/ --like ct.nii.gz   (one patient's shapes as one label volume)"""
+MERGED_NAME = "decoded_labels"
 
 
 @app.command(epilog=DECODE_EXAMPLES)
@@ -254,35 +257,52 @@ def decode(
     ckpt: Ckpt,
     tokens: Annotated[list[Path], typer.Argument(metavar="TOKENS...", help="token files, or folders of them")],
     out: Out,
-    file_format: Annotated[str, typer.Option("--format", help="stl, ply, glb, obj, off or nii.gz")] = "stl",
-    like: Annotated[Path | None, typer.Option(help="volume whose grid a nii.gz gets")] = None,
-    spacing_mm: Annotated[float | None, typer.Option("--spacing-mm", help="cubic voxels of a nii.gz")] = None,
-    merge: Annotated[str | None, typer.Option(help="NAME of one label volume of all shapes; needs --like")] = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help="a file a shape: stl (unless a grid is given), ply, glb, obj, off or nii.gz"),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="volume whose grid is taken; without --format all shapes become one label volume"),
+    ] = None,
+    spacing_mm: Annotated[float | None, typer.Option("--spacing-mm", help="cubic voxels, a nii.gz a shape")] = None,
+    merge: Annotated[
+        str | None, typer.Option(help=f"NAME of the label volume of all shapes ({MERGED_NAME}); needs --like")
+    ] = None,
+    patient: Annotated[str | None, typer.Option(help="only tokens of this patient id")] = None,
     mesh_space: Annotated[Space, typer.Option("--mesh-space", help="space that meshes are written in")] = Space.LPS,
     max_memory_gb: MaxMemory = None,
     device: Device = None,
     no_ema: NoEma = False,
     debug: Debug = False,
 ) -> int:
-    """Token files to meshes (or masks on a volume's grid) in millimetres, under the same stem."""
-    from trellis.pipelines.batch import decode_many, decode_together
+    """Token files to meshes in millimetres, under the same stem, or to label volumes."""
+    from trellis.pipelines.batch import VOLUME_FORMAT, decode_many, decode_together
     from trellis.pipelines.label_volume import VolumeGrid
     from trellis.pipelines.tokenizer import SparseSDFTokenizer
 
+    file_format = None if file_format is None else file_format.lower().lstrip(".")
     if like is not None and spacing_mm is not None:
         raise ValueError("--like and --spacing-mm exclude each other: one grid is needed")
     grid = VolumeGrid.like(like) if like else VolumeGrid(spacing_mm=spacing_mm) if spacing_mm is not None else None
     if merge is not None and like is None:
         raise ValueError("--merge needs --like REFERENCE: shapes have no grid in common")
+    if merge is not None and file_format not in (None, VOLUME_FORMAT):
+        raise ValueError(f"--merge writes a {VOLUME_FORMAT}, got --format {file_format}")
+    if file_format is None and like is not None:
+        merge = merge or MERGED_NAME
+    target = None if merge is None else out / f"{Path(merge).name.removesuffix('.nii.gz')}.{VOLUME_FORMAT}"
+    if target is not None and target.exists() and target.samefile(like):
+        raise ValueError(f"{target}: the reference would be overwritten; give another --merge NAME or another folder")
     tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema, max_memory_gb=max_memory_gb)
     with progress_on_stderr("decoding") as progress:
-        if merge is not None and grid is not None:
-            name = merge if merge.endswith(".nii.gz") else f"{merge}.nii.gz"
-            outcome = decode_together(tokenizer, tokens, out / Path(name).name, grid, progress=progress)
-            return report_outcome(outcome, out, "files")
-        outcome = decode_many(
-            tokenizer, tokens, out, file_format=file_format, mesh_space=mesh_space.value, grid=grid, progress=progress
-        )
+        if target is not None:
+            outcome = decode_together(tokenizer, tokens, target, grid, patient=patient, progress=progress)
+        else:
+            outcome = decode_many(
+                tokenizer, tokens, out, file_format=file_format or ("stl" if grid is None else VOLUME_FORMAT),
+                mesh_space=mesh_space.value, grid=grid, patient=patient, progress=progress,
+            )  # fmt: skip
     return report_outcome(outcome, out, "files")
 
 
