@@ -426,6 +426,24 @@ def test_inspect_each_kind(model_folder, mesh_file, volume_file, tmp_path):
     assert "spacing mm: [1.5, 1, 2]" in text
 
 
+def test_inspect_takes_the_options_of_prepare(mesh_file, tmp_path):
+    np.save(tmp_path / "ct.npy", np.arange(-1000, 1016, dtype=np.int16).reshape(14, 12, 12))
+    refused = run("inspect", tmp_path / "ct.npy", "--threshold", "-200:300")
+    assert refused.exit_code == 1 and "it has no voxel spacing" in refused.output
+    result = run("inspect", tmp_path / "ct.npy", "--spacing-mm", 1, 1, 2, "--threshold", "-200:300", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["spacing_mm"] == [1, 1, 2] and facts["threshold"] == "-200:300"
+    # 500 of 2016 values lie within, and a voxel has 2 mm3
+    assert facts["afterwards"]["volume_ml"] == pytest.approx(1.0, rel=0.05)
+    open_mesh = tmp_path / "open.off"
+    open_mesh.write_text("OFF\n5 5 0\n0 0 0\n9 0 0\n9 9 0\n0 9 0\n4 4 7\n3 0 1 4\n3 1 2 4\n3 2 3 4\n3 3 0 4\n3 0 2 1\n")
+    assert run("inspect", open_mesh, "--max-hole-mm", 20, "--nested", "solid").exit_code == 0
+    narrow = run("inspect", open_mesh, "--max-hole-mm", 2)
+    assert narrow.exit_code == 1 and "refused: " in narrow.output
+    assert run("inspect", mesh_file, "--max-hole-mm", -1).exit_code == 2
+
+
 def test_train_takes_train_pys_options(tmp_path):
     result = run("train", "--config", tmp_path / "none.json", "--data_dir", tmp_path, "--output_dir", tmp_path / "run")
     assert result.exit_code == 2

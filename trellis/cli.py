@@ -86,6 +86,8 @@ MaxMemory = Annotated[
     float | None,
     typer.Option("--max-memory-gb", help="split large shapes into parts, to stay within so many GB of the device"),
 ]
+Spacing = Annotated[tuple[float, float, float] | None, typer.Option(help="of volumes that have none")]
+Threshold = Annotated[str | None, typer.Option(metavar="LOW[:HIGH]", help="volumes are intensities")]
 Labels = Annotated[str | None, typer.Option(help="label numbers or names to take, with commas between")]
 
 Command = TypeVar("Command", bound=Callable[..., int])
@@ -209,8 +211,8 @@ def encode(
     labels: Labels = None,
     label_names: Annotated[Path | None, typer.Option(help="table of label names; else one beside a volume")] = None,
     mask_folders: Annotated[bool, typer.Option("--mask-folders", help="a folder is one mask file per class")] = False,
-    spacing_mm: Annotated[tuple[float, float, float] | None, typer.Option(help="of volumes that have none")] = None,
-    threshold: Annotated[str | None, typer.Option(metavar="LOW[:HIGH]", help="volumes are intensities")] = None,
+    spacing_mm: Spacing = None,
+    threshold: Threshold = None,
     threshold_label: Annotated[str, typer.Option(help="label of that shape")] = "threshold",
     min_component_ml: Annotated[float, typer.Option(help="remove smaller parts of labels")] = 0.0,
     frame: Annotated[str, typer.Option(help="cube: shape or fixed-mm:SIZE, as the model was trained with")] = "shape",
@@ -361,22 +363,35 @@ def evaluate(
     return EXIT_FAILED if summary["n_failed"] else EXIT_DONE
 
 
-@app.command(epilog="Example: trellis-vqvae inspect liver.stl")
+INSPECT_EXAMPLES = """\
+Example: trellis-vqvae inspect liver.stl --nested solid --max-hole-mm 20
+
+Example: trellis-vqvae inspect ct.npy --spacing-mm 0.8 0.8 2 --threshold 300"""
+
+
+@app.command(epilog=INSPECT_EXAMPLES)
 @edge
 def inspect(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="mesh, volume, prepared shape, tokens, model")],
     mesh_space: MeshSpace = Space.LPS,
+    nested: NestedOption = Nested.cavity,
+    max_hole_mm: MaxHole = None,
+    spacing_mm: Spacing = None,
+    threshold: Threshold = None,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     debug: Debug = False,
 ) -> int:
-    """Say what is in a file, what is wrong with it, and what would be done about it."""
+    """Say what is in a file, what is wrong with it, and what prepare and encode, given the same options, would do."""
     import json
 
     from trellis.pipelines.inspect_file import as_text, inspect_file
 
     problems = 0
     for path in files:
-        facts = inspect_file(path, mesh_space=mesh_space.value)
+        facts = inspect_file(
+            path, mesh_space=mesh_space.value, nested=nested.value, max_hole_mm=max_hole_mm, spacing_mm=spacing_mm,
+            threshold=threshold,
+        )  # fmt: skip
         problems += bool(facts.get("refused"))
         print(json.dumps(facts) if json_output else as_text(facts))
     return EXIT_FAILED if problems else EXIT_DONE
