@@ -9,6 +9,7 @@ import pytest
 import scipy.ndimage
 import trimesh
 
+from trellis.geometry import metrics
 from trellis.geometry.metrics import (
     dice_blocks,
     euler_and_open_edges,
@@ -200,6 +201,18 @@ def test_directions_differ_and_the_worse_one_counts():
     assert not row["euler_match"] and row["euler_pred"] == 4 and row["euler_truth"] == 2
     swapped = evaluate_pair(truth, pred, 64, num_samples=50_000, to_world=frame(50, (20, 10, 10)))
     assert swapped["hd_mm"] == row["hd_mm"] and swapped["dice"] < 1
+
+
+@pytest.mark.parametrize("chunk", [1 << 17, 1000])
+def test_one_vertex_of_many_is_the_farthest(chunk, monkeypatch):
+    """A needle of one vertex among 10,242, on either surface: samples and a choice of vertices would miss it."""
+    monkeypatch.setattr(metrics, "_CHUNK_POINTS", chunk)
+    plain = ball(20.0, subdivisions=5)
+    needle = (plain[0].copy(), plain[1])
+    needle[0][7777] *= 1.25
+    for pred, truth in ((needle, plain), (plain, needle)):
+        row = evaluate_pair(pred, truth, 32, num_samples=50)
+        assert row["hd_mm"] == pytest.approx(5, abs=1e-6) and row["assd_mm"] < 0.1
 
 
 def test_agrees_with_voxels_and_a_euclidean_distance_transform():
