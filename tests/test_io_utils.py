@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import zipfile
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from trellis.utils.blocks import SparseSDFBlocks, blocks_from_voxels, morton_order
 from trellis.utils.io_utils import (
+    UnreadableFile,
     atomic_write,
     load_sparse_sdf,
     save_sparse_sdf,
@@ -69,6 +71,11 @@ def test_json_and_hash(tmp_path):
     data = bytes(range(256)) * 9000
     (tmp_path / "data").write_bytes(data)
     assert sha256_of_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+
+
+def test_unreadable_files_come_back_whole_from_other_processes():
+    error = pickle.loads(pickle.dumps(UnreadableFile("a.ply: line 'x'", "a.ply: ValueError")))
+    assert (type(error), str(error), error.public) == (UnreadableFile, "a.ply: line 'x'", "a.ply: ValueError")
 
 
 def test_schema_2_round_trip(tmp_path, blocks):

@@ -395,10 +395,20 @@ def test_summary_bootstraps_over_patients():
 def test_summary_of_missing_and_bad_values():
     rows = [{"dice": 0.5, "hd_mm": None}, {"dice": 0.7, "hd_mm": 2.0}]
     summary = summarise(rows)
-    assert summary["n_patients"] == 2 and summary["hd_mm"]["n"] == 1 and summary["hd_mm"]["ci_low"] == 2
+    assert summary["n_patients"] == 2 and summary["hd_mm"]["n"] == 1 and summary["hd_mm"]["mean"] == 2
+    assert summary["dice"]["ci_low"] == 0.5 and summary["dice"]["ci_high"] == 0.7
     assert summarise([]) == {"n": 0, "n_patients": 0}
     with pytest.raises(ValueError, match="row 1: dice must be finite"):
         summarise([{"dice": 0.5}, {"dice": float("nan")}])
+
+
+def test_one_patient_alone_has_no_interval():
+    rows = [{"patient_id": "p", "dice": 0.5}, {"patient_id": "p", "dice": 0.7}]
+    other = {"patient_id": "q", "dice": 0.9, "hd_mm": 3.0}
+    found = summarise([*rows, other])
+    assert found["dice"]["ci_low"] < found["dice"]["mean"] < found["dice"]["ci_high"]
+    for figures in (summarise(rows)["dice"], found["hd_mm"]):
+        assert figures["ci_low"] is None and figures["ci_high"] is None and figures["p05"] <= figures["p95"]
 
 
 def test_bits_count_codes_and_octree():

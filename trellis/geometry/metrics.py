@@ -4,8 +4,8 @@ Definitions, since tools differ:
 
 - Dice and IoU count voxel centres of a grid (MedPy and MONAI count given masks; the meshes are scan-converted here).
 - `hd95` is the larger of the two directed 95th percentiles, over area (MONAI and DeepMind's surface-distance do so;
-  MedPy pools both directions first, which is never larger). `hd` is the same for the maximum, over the samples and every
-  vertex: exact where a vertex lies farthest, else short of the true one by less than the way to the nearest sample.
+  MedPy pools both directions first, which is never larger). `hd` is the same for the maximum, over the samples and
+  every vertex: exact where a vertex lies farthest, else short of the true one by less than the way to a sample.
 - `assd` is the mean over both surfaces together, by area (MedPy's is the mean of the two directed means, which is
   `chamfer` here; DeepMind's gives the two directions).
 - `chamfer` is the mean of the two directed means of the distance, in mm. Works on generative models often add squared
@@ -38,6 +38,8 @@ from trellis.utils.mesh_merge import merge_identical_vertices
 
 Mesh = tuple[np.ndarray, np.ndarray]
 DEFAULT_SAMPLES = 100_000
+DISTANCES = ("hd", "hd95", "assd", "chamfer")
+"""Metrics that are given in mm and in voxels."""
 _CHUNK_POINTS = 1 << 17
 
 
@@ -87,9 +89,22 @@ def evaluate_pair(
         row |= _empty_distances(pred is None and truth is None, side_mm, tolerances)
     else:
         row |= _distance_metrics(pred, truth, side_mm, voxel_mm, tolerances, num_samples, seed)
-    for name in ("hd", "hd95", "assd", "chamfer"):
-        row[f"{name}_voxels"] = row[f"{name}_mm"] / voxel_mm
-    return row | topology
+    return row | _in_voxels(row, voxel_mm) | topology
+
+
+def worst_metrics(resolution: int, side_mm: float, tolerances_mm: Sequence[float]) -> dict[str, Any]:
+    """What `evaluate_pair` gives an empty prediction, as far as that is known without the truth.
+
+    Args:
+        resolution: voxels per side of the cube; side_mm: its side. tolerances_mm: as in `evaluate_pair`.
+    """
+    distances = _empty_distances(False, side_mm, [float(t) for t in tolerances_mm])
+    row = {"dice": 0.0, "iou": 0.0, **distances, **_in_voxels(distances, side_mm / resolution)}
+    return row | {"volume_error_fraction": -1.0, "euler_match": False, "pred_is_empty": True}
+
+
+def _in_voxels(row: dict[str, Any], voxel_mm: float) -> dict[str, float]:
+    return {f"{name}_voxels": row[f"{name}_mm"] / voxel_mm for name in DISTANCES}
 
 
 def _check_mesh(mesh: Mesh | None, name: str) -> Mesh | None:
@@ -148,7 +163,7 @@ def _overlaps(a: int, b: int, both: int) -> dict[str, Any]:
 def _empty_distances(both: bool, side_mm: float, tolerances: list[float]) -> dict[str, Any]:
     worst = 0.0 if both else float(np.sqrt(3)) * side_mm
     share = float(both)
-    row: dict[str, Any] = {f"{name}_mm": worst for name in ("hd", "hd95", "assd", "chamfer")}
+    row: dict[str, Any] = {f"{name}_mm": worst for name in DISTANCES}
     row["chamfer_squared_grid"] = 2 * (worst / side_mm) ** 2
     row |= {f"nsd_{t:g}mm": share for t in tolerances}
     return row | dict.fromkeys(("f_score_1voxel", "precision_1voxel", "recall_1voxel", "normal_consistency"), share)

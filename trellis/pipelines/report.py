@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,31 +11,35 @@ from typing import Any
 
 import numpy as np
 
+from trellis.pipelines.scoring import TSDF_SUFFIX
 from trellis.utils.io_utils import atomic_write
 
 Mesh = tuple[np.ndarray, np.ndarray]
+Column = tuple[str, str, str]
+_NSD = "nsd_"
+"""Stands for the surface Dice at every tolerance."""
 COLUMNS = (
     ("label", "label", ""), ("sha256", "shape", ""), ("patient_id", "patient", ""), ("dice", "Dice", ".4f"),
-    ("dice_tsdf", "Dice of TSDF", ".4f"), ("dice_blocks", "Dice in blocks", ".4f"),
-    ("dice_source", "Dice on source grid", ".4f"), ("dice_source_tsdf", "that of TSDF", ".4f"),
-    ("hd95_mm", "HD95 mm", ".3f"), ("hd95_mm_tsdf", "HD95 of TSDF", ".3f"),
-    ("assd_mm", "ASSD mm", ".3f"), ("nsd_1mm", "NSD 1 mm", ".4f"),
+    ("dice_blocks", "Dice in blocks", ".4f"), ("dice_source", "Dice on source grid", ".4f"),
+    ("hd95_mm", "HD95 mm", ".3f"), ("assd_mm", "ASSD mm", ".3f"), (_NSD, "", ".4f"),
     ("volume_error_fraction", "volume error", "+.2%"), ("num_blocks", "tokens", ".0f"),
-    ("bits_per_block", "bits/token", ".2f"),
+    ("bits_per_block", "bits/token", ".2f"), ("codes_used", "codes used", ".0f"), ("perplexity", "perplexity", ".1f"),
 )  # fmt: skip
-"""Column of metrics.csv, its title, and its number format."""
-_NSD = "nsd_"
+"""Column of metrics.csv, its title, and its number format (none for text)."""
 METRICS = (
     ("dice", "Dice", ".4f"), ("iou", "IoU", ".4f"), ("dice_blocks", "Dice in the blocks", ".4f"),
-    ("dice_source", "Dice on the source's voxels", ".4f"), ("hd_mm", "HD, mm", ".3f"),
-    ("hd95_mm", "HD95, mm", ".3f"), ("assd_mm", "ASSD, mm", ".3f"),
-    ("hd95_voxels", "HD95, voxels", ".3f"), ("assd_voxels", "ASSD, voxels", ".3f"),
-    ("chamfer_mm", "Chamfer, mm", ".3f"), (_NSD, "", ""),
+    ("dice_source", "Dice on the source's voxels", ".4f"), ("iou_source", "IoU on the source's voxels", ".4f"),
+    ("hd_mm", "HD, mm", ".3f"), ("hd95_mm", "HD95, mm", ".3f"), ("assd_mm", "ASSD, mm", ".3f"),
+    ("chamfer_mm", "Chamfer, mm", ".3f"), ("hd_voxels", "HD, voxels", ".3f"), ("hd95_voxels", "HD95, voxels", ".3f"),
+    ("assd_voxels", "ASSD, voxels", ".3f"), ("chamfer_voxels", "Chamfer, voxels", ".3f"),
+    ("chamfer_squared_grid", "Chamfer, squared, grid units", ".3g"), (_NSD, "", ".4f"),
     ("f_score_1voxel", "F-score at 1 voxel", ".4f"), ("normal_consistency", "normal consistency", ".4f"),
-    ("volume_error_fraction", "volume error", "+.2%"),
+    ("volume_error_ml", "volume error, ml", "+.3f"), ("volume_error_fraction", "volume error", "+.2%"),
+    ("volume_error_source_ml", "volume error on the source's voxels, ml", "+.3f"),
     ("volume_error_source_fraction", "volume error on the source's voxels", "+.2%"),
     ("euler_match", "same Euler characteristic", ".1%"), ("bits", "bits per shape, positions included", ".0f"),
 )  # fmt: skip
+"""Metric of summary.json, its title, and its number format."""
 PICTURE_SIZE = 300
 
 _STYLE = """
@@ -84,8 +88,8 @@ class Case:
 
 
 def worst_rows(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Up to `count` rows that were scored in mm, the lowest Dice first; ties by HD95."""
-    scored = [row for row in rows if row.get("hd95_mm") is not None]
+    """Up to `count` rows that were scored in mm and did not fail, the lowest Dice first; ties by HD95."""
+    scored = [row for row in rows if row.get("hd95_mm") is not None and not row.get("error")]
     return sorted(scored, key=lambda row: (row["dice"], -row["hd95_mm"]))[:count]
 
 
@@ -147,14 +151,14 @@ def _tiles(summary: dict[str, Any]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _metrics_of(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Those of METRICS that some group has; the normalised surface Dice at whatever tolerances were asked for."""
+def _present(columns: Sequence[Column], groups: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Those of some columns that a group has; the normalised surface Dice at whatever tolerances were asked for."""
     present = {name: None for group in groups for name in group}
     found = []
-    for name, title, pattern in METRICS:
+    for name, title, pattern in columns:
         if name == _NSD:
-            tolerances = sorted((nsd for nsd in present if nsd.startswith(_NSD)), key=lambda nsd: float(nsd[4:-2]))
-            found += [(nsd, f"NSD at {nsd[4:-2]} mm", ".4f") for nsd in tolerances]
+            nsd = {float(each[4:-2]): each for each in present if each.startswith(_NSD) and each.endswith("mm")}
+            found += [(nsd[tolerance], f"NSD at {tolerance:g} mm", pattern) for tolerance in sorted(nsd)]
         elif name in present:
             found.append((name, title, pattern))
     return found
@@ -163,9 +167,10 @@ def _metrics_of(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
 def _summary_table(summary: dict[str, Any]) -> str:
     titles = ["", "mean", "95 % interval", "median", "5th pct.", "95th pct.", "TSDF"]
     rows = []
-    for name, title, pattern in _metrics_of([summary]):
+    for name, title, pattern in _present(METRICS, [summary]):
         value, ceiling = summary[name], summary["ceiling"].get(name)
-        interval = f"{value['ci_low']:{pattern}} to {value['ci_high']:{pattern}}"
+        ends = value["ci_low"], value["ci_high"]
+        interval = "-" if None in ends else f"{ends[0]:{pattern}} to {ends[1]:{pattern}}"
         cells = [f"{value[key]:{pattern}}" for key in ("mean", "median", "p05", "p95")]
         cells.insert(1, interval)
         cells.append(f"{ceiling['mean']:{pattern}}" if ceiling else "")
@@ -174,7 +179,7 @@ def _summary_table(summary: dict[str, Any]) -> str:
 
 
 def _group_table(groups: dict[str, dict[str, Any]], kind: str) -> str:
-    metrics = _metrics_of(list(groups.values()))
+    metrics = _present(METRICS, list(groups.values()))
     titles = [kind, "shapes"]
     for name, title, _ in metrics:
         titles += [title, "TSDF"] if any(name in group["ceiling"] for group in groups.values()) else [title]
@@ -190,7 +195,11 @@ def _group_table(groups: dict[str, dict[str, Any]], kind: str) -> str:
 
 
 def _shapes_table(rows: Sequence[dict[str, Any]]) -> str:
-    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
+    columns = []
+    for name, title, pattern in _present(COLUMNS, rows):
+        columns.append((name, title, pattern))
+        if any(f"{name}{TSDF_SUFFIX}" in row for row in rows):
+            columns.append((f"{name}{TSDF_SUFFIX}", "TSDF", pattern))
     lines = []
     for row in sorted(rows, key=lambda row: row["dice"]):
         cells = []

@@ -30,6 +30,9 @@ class UnreadableFile(ValueError):
         super().__init__(message)
         self.public = public
 
+    def __reduce__(self) -> tuple[type[UnreadableFile], tuple[str, str]]:
+        return type(self), (str(self), self.public)  # to come back whole from a worker process
+
 
 def unreadable(what: str, error: Exception, words: str) -> UnreadableFile:
     """`what: words`; the words are public if it was this package that raised `error`, else only its type is."""
