@@ -246,6 +246,7 @@ def test_worst_row_is_that_of_an_empty_reconstruction(placed):
     blocks = ellipsoid_blocks() if placed else replace(ellipsoid_blocks(), to_world=None)
     nothing = replace(blocks, block_sdf=np.ones_like(blocks.block_sdf))
     pair = Pair("s", "l", "p", blocks, nothing, None, {"bits": 7.0})
+    assert score_pair(pair, 500) == score_pair(replace(pair, decoded=None, failed=True), 500)
     measured, worst = score_pair(pair, 500, (0.5, 3.0)), worst_row(pair, (0.5, 3.0))
     assert {"dice", "dice_blocks", "assd_mm", "hd95_voxels", "nsd_0.5mm", "bits", "euler_match"} <= worst.keys()
     assert worst == pytest.approx({name: measured[name] for name in worst})

@@ -98,14 +98,12 @@ def evaluate_dataset(
                 yield _reconstruct(tokenizer, item, blocks, data, codes)
             except HANDLED as error:
                 failures.append(Failure(item.sha256, item.sha256, "encode", one_line(error)))
-                nothing = replace(blocks, block_sdf=np.ones_like(blocks.block_sdf))
-                yield _pair(item, blocks, nothing, data, {})
+                yield replace(_pair(item, blocks, None, data, {}), failed=True)
 
     for pair, score in score_pairs(pairs(), workers, num_samples, tolerances_mm):
         identity = {"sha256": pair.sha256, "label": pair.label, "patient_id": pair.patient_id}
-        failed = FAILED if any(failure.id == pair.sha256 for failure in failures) else {}
         try:
-            rows.append({**identity, **score(), **failed})
+            rows.append({**identity, **score(), **(FAILED if pair.failed else {})})
         except HANDLED as error:
             failures.append(Failure(pair.sha256, pair.sha256, "score", one_line(error)))
             rows.append({**identity, **worst_row(pair, tolerances_mm), **FAILED})

@@ -30,6 +30,7 @@ class Pair:
             TSDF alone. truth: the true surface's file; None: the TSDF's own surface is the truth.
         token_figures: size of the tokens (`bits_per_shape`) and use of the codes; empty without tokens.
         mask: file of the label on the volume that the shape came from, None if it came from a mesh.
+        failed: there is no reconstruction, because the shape could not be encoded or decoded.
     """
 
     sha256: str
@@ -40,6 +41,7 @@ class Pair:
     truth: Path | None
     token_figures: dict[str, float]
     mask: Path | None = None
+    failed: bool = False
 
 
 def score_pairs(
@@ -67,7 +69,7 @@ def score_pair(
 ) -> dict[str, Any]:
     """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name.
 
-    Figures in mm and ml are None for a shape without `to_world`.
+    A shape that failed has an empty reconstruction. Figures in mm and ml are None for one without `to_world`.
     """
     from trellis.geometry.isosurface import extract_mesh
     from trellis.geometry.metrics import dice_blocks, evaluate_pair
@@ -87,7 +89,9 @@ def score_pair(
     ceiling = {**scores(tsdf), "dice_blocks": 1.0}
     row: dict[str, Any] = {"truth": "tsdf" if pair.truth is None else "mesh", "num_blocks": blocks.num_blocks}
     row |= pair.token_figures
-    if pair.decoded is None:
+    if pair.failed:
+        row |= {**scores((np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64))), "dice_blocks": 0.0}
+    elif pair.decoded is None:
         row |= ceiling
     else:
         row |= {**scores(extract_mesh(pair.decoded)), "dice_blocks": dice_blocks(pair.decoded, blocks)}
