@@ -71,6 +71,7 @@ def test_labels_come_back_with_their_numbers_and_names(patient, tmp_path):
     (owner,) = {t.patient_id for t in tokens}
     with open(root / "data" / "metadata.csv", newline="") as stream:
         assert {row["patient_id"] for row in csv.DictReader(stream)} == {owner} != {""}
+    assert not any(b"someone" in path.read_bytes() for path in (root / "tokens").iterdir()), "a pseudonym, not the name"
     out = tmp_path / "someone" / "all.nii.gz"
     outcome = decode_together(tokenizer, [root / "tokens"], out, VolumeGrid.like(source))
     assert outcome.exit_code == 0 and [path.name for path in outcome.written] == ["all.nii.gz", "all.csv"]

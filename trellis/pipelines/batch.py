@@ -279,7 +279,8 @@ def decode_together(
     if painter.overlaps:
         logger.warning("%d voxels belonged to more than one label; the smaller shape kept each", painter.overlaps)
     if painted:
-        write_label_volume(path, np.array([0, *values.values()])[painter.labels], grid.affine)
+        smallest = np.min_scalar_type(max(values.values()))
+        write_label_volume(path, np.array([0, *values.values()], dtype=smallest)[painter.labels], grid.affine)
         table = path.with_name(path.name.removesuffix(f".{VOLUME_FORMAT}") + ".csv")
         write_label_table(table, {values[label]: label for label in painted})
         outcome.written += [path, table]
