@@ -267,7 +267,8 @@ def _volume(
         try:
             if label in made[0].failures:
                 raise made[0].failures[label]
-            return blocks_of_mesh(*made[0].by_label.pop(label), options, from_mesh=False)
+            blocks = blocks_of_mesh(*made[0].by_label.pop(label), options, from_mesh=False)
+            return dataclasses.replace(blocks, label_value=made[0].values.get(label))
         except ValueError as error:
             raise ValueError(f"{path}, label {label}: {error}") from None
 

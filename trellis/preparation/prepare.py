@@ -257,6 +257,7 @@ def _sdf_tasks(
                 "prep_hash": settings.prep_hash,
                 "patient_id": record["patient_id"],
                 "truth_bytes": shape["truth_bytes"],
+                "label_value": shape["label_value"],
                 "to_world": None,
             }
             refusal = None

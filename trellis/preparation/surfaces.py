@@ -32,6 +32,7 @@ class Surfaces:
         picked: entries of the settings' labels that matched something here.
         failures: label -> error of labels that could not be made into a surface.
         masks: label -> what cuts the label out of its volume; none for meshes and thresholds.
+        values: label -> its number in the volume; none for meshes, thresholds and masks in a folder.
     """
 
     by_label: dict[str, MeshArrays] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Surfaces:
     picked: set[str] = field(default_factory=set)
     failures: dict[str, Exception] = field(default_factory=dict)
     masks: dict[str, Callable[[], SourceMask]] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
 
 
 def matches(wanted: Collection[str], names: Collection[str]) -> set[str]:
@@ -114,23 +116,27 @@ def shapes_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, 
     layers = read_label_layers(path, spacing_mm=settings.spacing_mm)
     numbers = [number for layer in layers for number in labels_of(layer)]
     own = {number: name for layer in layers for number, name in layer.names.items()}
-    known = {**names, **own} if path.is_dir() else {**own, **names}
+    masks = path.is_dir() and bool(own)
+    known = {**names, **own} if masks else {**own, **names}
     labels = names_of_labels(numbers, known, settings.labels)
     picked: set[str] = set()
     for number, label in labels.items():
         picked |= matches(settings.labels or (), {label, known.get(number, ""), str(number)})
     present = tuple(names_of_labels(numbers, known, None).values())
-    make = partial(_label_surfaces, layers, labels, frozenset(picked), settings.min_component_ml)
+    make = partial(_label_surfaces, layers, labels, frozenset(picked), settings.min_component_ml, not masks)
     return VolumeShapes(tuple(labels.values()), present, frozenset(picked), make)
 
 
 def _label_surfaces(
-    layers: Sequence[LabelVolume], labels: Mapping[int, str], picked: frozenset[str], min_component_ml: float
-) -> Surfaces:
+    layers: Sequence[LabelVolume], labels: Mapping[int, str], picked: frozenset[str], min_component_ml: float,
+    numbered: bool,
+) -> Surfaces:  # fmt: skip
     from trellis.geometry.source_grid import cut_out, label_boxes
     from trellis.geometry.volume import label_surfaces, labels_of
 
     result = Surfaces(picked=set(picked), notes=sorted({note for layer in layers for note in layer.notes}))
+    if numbered:
+        result.values = {label: number for number, label in labels.items()}
     for layer in layers:
         here = [number for number in labels_of(layer) if number in labels]
         if min_component_ml:

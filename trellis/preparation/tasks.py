@@ -102,6 +102,7 @@ def read_source(task: SourceTask) -> dict[str, Any]:
             try:
                 facts = _write_truth(task, identity, label, vertices, faces)
                 facts["mask_bytes"] = _write_mask(records.mask_path(task.out, identity), surfaces.masks.get(label))
+                facts["label_value"] = surfaces.values.get(label)
                 record["shapes"].append(facts)
             except Exception as error:
                 logger.debug("shape %s", identity, exc_info=True)
@@ -200,7 +201,7 @@ def compute_sdf(task: SDFTask) -> dict[str, Any]:
         blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, task.resolution, to_world=cube, **options)
         blocks = dataclasses.replace(
             blocks, label=task.label, patient_id=task.expected["patient_id"], prep_hash=task.expected["prep_hash"],
-            frame=task.settings.frame,
+            frame=task.settings.frame, label_value=task.expected["label_value"],
         )  # fmt: skip
         path = records.sdf_path(task.out, task.sha256, task.resolution)
         save_sparse_sdf(path, blocks, schema=task.settings.schema)
