@@ -103,7 +103,7 @@ class Training:
 
     def __init__(self, config: Path, data: Path, run: Path, *options: str, rank: int = 0, world: int = 1) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trellis.trainers.run", "torch.utils.tensorboard", "torch._dynamo"])
+        context.set_forkserver_preload(["trellis.trainers.run", "trellis.trainers.event_file", "torch._dynamo"])
         environment = {"OMP_NUM_THREADS": "1"}
         if world > 1:
             environment |= {
