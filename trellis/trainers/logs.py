@@ -73,7 +73,7 @@ class RunLog:
                 yield
         except OutputError as error:
             if not self.failed:
-                logger.error("%s; training ends, with a checkpoint if one can be saved", error)
+                logger.error("%s; training ends", error)
             self.failed = True
 
     def restart_clock(self, step: int) -> None:
