@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trellis.geometry.label_names import pick_labels, read_label_names
+from trellis.geometry.label_names import MAX_CARET_BYTES, caret_label_names, pick_labels, read_label_names
 
 EXPECTED = {1: "liver", 2: "left kidney", 17: "aorta"}
 
@@ -71,3 +71,55 @@ def test_picks():
         pick_labels(["lifer"], present, EXPECTED)
     with pytest.raises(ValueError, match="no label '3' in this volume; values present: 1, 2, 17, 40"):
         pick_labels(["3"], present, {})
+
+
+# a label table in a volume's header
+
+
+def caret(body: str, before: str = '<?xml version="1.0" encoding="UTF-8"?> ') -> bytes:
+    """As TotalSegmentator writes it, spaces behind the end included."""
+    table = f'<VolumeInformation Index="0">   <LabelTable>\n{body}\n  </LabelTable></VolumeInformation>'
+    return f"{before}<CaretExtension>  <Date><![CDATA[2013]]></Date> {table}</CaretExtension>\n    ".encode()
+
+
+def test_caret_label_table():
+    row = '<Label Key="{}" Red="1.0" Green="0.0" Blue="0.5" Alpha="1"><![CDATA[{}]]></Label>'
+    names = {0: "background", **EXPECTED, 90: "lung & <airways>", 91: "", -1: "none", 92: "Brücke"}
+    body = "\n".join(row.format(value, name) for value, name in names.items())
+    assert caret_label_names(caret(body)) == {**EXPECTED, 90: "lung & <airways>", 92: "Brücke"}
+    plain = "<Label Key='1'>liver</Label><Label Key='2'>left &lt;kidney&#62;</Label><Label Key='1'>liver</Label>"
+    assert caret_label_names(caret(plain, "") + b"\0\0\0") == {1: "liver", 2: "left <kidney>"}
+    second = caret("<Label Key='1'>liver</Label>").replace(
+        b"</CaretExtension>",
+        b"<VolumeInformation Index='1'><LabelTable><Label Key='1'>x</Label></LabelTable></VolumeInformation>"
+        b"</CaretExtension>",
+    )
+    assert caret_label_names(second) == {1: "liver"}
+
+
+LAUGHS = "".join(f'<!ENTITY l{i + 1} "{f"&l{i};" * 10}">' for i in range(9))
+BAD_CARET = {
+    "entities": (caret("<Label Key='1'>&l9;</Label>", f"<!DOCTYPE x [<!ENTITY l0 'lol'>{LAUGHS}]>"), "document type"),
+    "file": (
+        caret("<Label Key='1'>&f;</Label>", "<!DOCTYPE x [<!ENTITY f SYSTEM 'file:///etc/hostname'>]>"), "document type"
+    ),
+    "in utf-16": (
+        caret("<Label Key='1'>x</Label>", "<!DOCTYPE x>").decode().encode("utf-16"), "document type"
+    ),
+    "unknown entity": (caret("<Label Key='1'>&f;</Label>"), "not well-formed XML in line 2, column 15"),
+    "cut": (caret("<Label Key='1'>liver</Label>")[:-30], "not well-formed"),
+    "empty": (b"", "not well-formed"),
+    "deep": (b"<a>" * 100_000 + b"</a>" * 100_000, "LabelTable is missing"),
+    "other root": (caret("").replace(b"CaretExtension", b"Extension"), "LabelTable is missing"),
+    "word": (caret("<Label Key='one'>liver</Label>"), "Key must be a whole number, got 'one'"),
+    "no key": (caret("<Label>liver</Label>"), "Key must be a whole number, got ''"),
+    "twice": (caret("<Label Key='1'>a</Label><Label Key='1'>b</Label>"), "label 1 has two names, 'a' and 'b'"),
+    "long": (caret(" " * MAX_CARET_BYTES), f"at most {MAX_CARET_BYTES} bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CARET)
+def test_bad_caret_tables_are_refused(name: str):
+    content, message = BAD_CARET[name]
+    with pytest.raises(ValueError, match=message):
+        caret_label_names(content)

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-MAX_TABLE_BYTES = 64 << 20
+MAX_TABLE_BYTES, MAX_CARET_BYTES = 64 << 20, 4 << 20
 VALUE_COLUMNS = ("label", "value", "label_value", "labelvalue", "index", "id", "idx", "no", "no.", "key", "intensity")
 NAME_COLUMNS = ("name", "label_name", "labelname", "structure", "region", "roi", "description", "segment", "text")
 BACKGROUND_NAMES = ("background", "clear label", "unknown")
@@ -57,6 +58,43 @@ def read_label_names(path: str | Path) -> dict[int, str]:
     if not names:
         raise ValueError(f"{path}: no label name found: lines of 'value name' or a JSON map are needed")
     return names
+
+
+def caret_label_names(xml: bytes) -> dict[int, str]:
+    """Label value -> name of a Caret volume extension, the form in which TotalSegmentator's multi-label files carry it.
+
+    `<CaretExtension><VolumeInformation Index="0"><LabelTable><Label Key="1" ...>spleen</Label>...`; of several volumes
+    the first one's. 0, values below it and empty names are left out.
+
+    Raises:
+        ValueError: more than MAX_CARET_BYTES, a document type (entities could read files or grow without end), not
+            well-formed, no label table, a key that is no whole number, a value with two names.
+    """
+    if len(xml) > MAX_CARET_BYTES:
+        raise ValueError(f"it may have at most {MAX_CARET_BYTES} bytes, got {len(xml)}")
+    try:
+        root = ElementTree.fromstring(xml.strip(b"\0 \t\r\n"), ElementTree.XMLParser(target=_PlainXml()))
+    except ElementTree.ParseError as error:
+        raise ValueError(f"not well-formed XML in line {error.position[0]}, column {error.position[1]}") from None
+    table = root.find("VolumeInformation/LabelTable")
+    if root.tag != "CaretExtension" or table is None:
+        raise ValueError("CaretExtension/VolumeInformation/LabelTable is missing")
+    names: dict[int, str] = {}
+    for label in table.findall("Label"):
+        key, name = label.get("Key", ""), "".join(label.itertext()).strip()
+        if not re.fullmatch(r"-?\d{1,18}", key):
+            raise ValueError(f"a label's Key must be a whole number, got {key[:40]!r}")
+        if names.get(int(key), name) != name:
+            raise ValueError(f"label {int(key)} has two names, {names[int(key)]!r} and {name!r}")
+        names[int(key)] = name
+    return {value: name for value, name in names.items() if value > 0 and name}
+
+
+class _PlainXml(ElementTree.TreeBuilder):
+    """A tree of a document without a document type, and so without entities of its own."""
+
+    def doctype(self, name: str, public_id: str | None, system_id: str | None) -> None:
+        raise ValueError("a document type is refused")
 
 
 def _from_json(text: str) -> list[tuple[int, str]]:
