@@ -91,14 +91,33 @@ def test_nifti_qform_sform_rules(tmp_path: Path):
     nibabel.save(image, path)
     assert read_volume(path).notes == ()
 
-    image = nibabel.Nifti1Image(blob_labels(), None)
-    image.header.set_zooms((2, 3, 4))
-    image.set_qform(None, code=0)
-    image.set_sform(None, code=0)
-    nibabel.save(image, path)
+    path.write_bytes(nifti_bytes(int16={252: 0, 254: 0}, float32={80: 2, 84: 3, 88: 4}))
     volume = read_volume(path)
-    assert volume.notes and volume.spacing_mm == pytest.approx(volume.spacing_mm)
-    np.testing.assert_allclose(volume.affine[:3, 3], 0)
+    assert len(volume.notes) == 1 and "neither sform nor qform: voxel spacing alone" in volume.notes[0]
+    np.testing.assert_array_equal(volume.affine, np.diag([2, 3, 4, 1]))
+
+
+@pytest.mark.parametrize("size", [0, -1, np.nan, np.inf])
+@pytest.mark.parametrize("codes", [{252: 0, 254: 0}, {252: 1, 254: 0}], ids=["spacing alone", "qform"])
+def test_nifti_without_a_spacing_is_refused_unless_it_is_given(tmp_path: Path, codes: dict, size: float):
+    """pixdim[1..3] as stored: nibabel makes 1 of 0, and 2 of -2. pixdim[0] is qfac: here the third axis points down."""
+    changes = {80: 2.0, 84: 3.0, 88: size, 256: 0.6, 268: 5.0, 76: -1.0}  # quatern_b 0.6: 73.7 degrees about x
+    content = nifti_bytes(int16=codes, float32=changes)
+    (tmp_path / "a.nii").write_bytes(content)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content))
+    turned = np.eye(4)
+    if codes[252]:
+        turned[1:3, 1:3] = [[0.28, 0.96], [0.96, -0.28]]
+        turned[0, 3] = 5
+    for name in ("a.nii", "a.nii.gz"):
+        with pytest.raises(ValueError, match=rf"{name}: it has no voxel spacing"):
+            read_volume(tmp_path / name)
+        given = read_volume(tmp_path / name, spacing_mm=(2, 3, 4))
+        np.testing.assert_allclose(given.affine, turned @ np.diag([2, 3, 4, 1]), atol=1e-6)
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(int16=codes, float32={**changes, 88: 4.0}))
+    np.testing.assert_allclose(read_volume(tmp_path / "a.nii").affine, given.affine, atol=1e-6)
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(float32={80: size}))  # with a sform, the spacing is the sform's
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").affine, np.eye(4))
 
 
 def test_nifti_units_and_frames(tmp_path: Path):
@@ -125,6 +144,23 @@ def test_mgz_keeps_its_place(tmp_path: Path):
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.data, blob_labels())
     np.testing.assert_allclose(volume.affine, affine, atol=1e-4)
+
+
+def test_mgh_without_geometry_is_noted_and_negative_sizes_are_refused(tmp_path: Path):
+    import nibabel
+
+    content = nibabel.MGHImage(blob_labels(), SHEARED).to_bytes()
+    path = tmp_path / "a.mgh"
+    path.write_bytes(content[:28] + b"\0\0" + content[30:])  # goodRASFlag
+    volume = read_volume(path)
+    assert volume.notes == ("the header has no geometry: 1 mm, coronal, centred, as FreeSurfer does",)
+    # x to the left, y down, z to the front, 0 in the middle of 13 x 15 x 11 voxels (nibabel's turns it upside down)
+    np.testing.assert_array_equal(volume.affine, [[-1, 0, 0, 6.5], [0, 0, 1, -5.5], [0, -1, 0, 7.5], [0, 0, 0, 1]])
+    path.write_bytes(content)
+    assert read_volume(path).notes == ()
+    path.write_bytes(content[:30] + struct.pack(">f", -1.1) + content[34:])
+    with pytest.raises(ValueError, match=r"a.mgh: .*voxel spacing must be above 0, got \[-1.1"):
+        read_volume(path)
 
 
 def test_arrays_need_a_spacing(tmp_path: Path):

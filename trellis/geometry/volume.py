@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trellis.geometry.label_surfaces import label_surfaces, threshold_surface
-from trellis.geometry.volume_raw import RawVolume, affine_from_spacing, check_affine
+from trellis.geometry.volume_raw import RawVolume, check_affine, check_spacing
 from trellis.geometry.volume_readers import is_volume_file, read_raw_volume, volume_suffix
 from trellis.utils.io_utils import atomic_write
 
@@ -259,11 +259,10 @@ def _affine(raw: RawVolume, spacing_mm: Spacing | None) -> np.ndarray:
         )
     if spacing_mm is None:
         return raw.affine
-    given = affine_from_spacing(spacing_mm)
     if raw.affine is None:
-        return given
+        return raw.affine_with(spacing_mm)
     own = np.linalg.norm(raw.affine[:3, :3], axis=0)
-    if not np.allclose(own, np.diag(given)[:3], rtol=1e-3):
+    if not np.allclose(own, check_spacing(spacing_mm), rtol=1e-3):
         raise ValueError(f"it says that its spacing is {own.tolist()} mm, and {list(spacing_mm)} was given")
     return raw.affine
 
