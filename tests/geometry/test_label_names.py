@@ -23,6 +23,9 @@ TABLES = {
     "lut.txt": "#No. Label Name:  R G B A\n\n0 Unknown 0 0 0 0\n"
     "1 liver 1 2 3 0\n2 left kidney 4 5 6 0\n17   aorta  7 8 9 0\n",
     "atlas.nii.txt": "1 liver 2001\n2 left kidney 2002\n17 aorta 2003\n",
+    "name_first.txt": "background 0\nliver 1\n\"left kidney\"   2\naorta 17\n",
+    "headed.txt": "Structure Value\nliver 1\nleft kidney 2\naorta 17\n",
+    "heading.txt": "Version 2\n1 liver\n2 left kidney\n17 aorta\n",
     "table.csv": "label,name,r\n1,liver,255\n2,left kidney,0\n17,aorta,3\n",
     "named.csv": 'name,id\n"liver",1\nleft kidney,2\naorta,17\n',
     "labels.csv": "index;label\n1;liver\n2;left kidney\n17;aorta\n",
@@ -47,6 +50,11 @@ BAD = {
     "twice.txt": ("1 liver\n1 spleen\n", "label 1 has two names, 'liver' and 'spleen'"),
     "empty.txt": ("", "no label name found"),
     "prose.txt": ("nothing to see\n", "no label name found"),
+    "colours.txt": ("liver 1 255 0 0\naorta 17 0 255 0\n", "a name and one whole number, got 'liver 1 255 0 0'"),
+    "vertebrae.txt": ("liver 5\nvertebra 7 31\n", "a name and one whole number, got 'vertebra 7 31'"),
+    "report.txt": ("report of 2024\nall well\n", "a name and one whole number, got 'all well'"),
+    "names.txt": ("liver 1\naorta\n", "a name and one whole number, got 'aorta'"),
+    "twice_last.txt": ("liver 1\nspleen 1\n", "label 1 has two names, 'liver' and 'spleen'"),
     "numbers.csv": ("1,2\n3,4\n", "a column of label values and one of names"),
 }
 

@@ -24,7 +24,7 @@ def read_label_names(path: str | Path) -> dict[int, str]:
     Args:
         path: nnU-Net's `dataset.json` (names to values, or the older values to names), any flat JSON of either kind, an
             ITK-SNAP label description, a FreeSurfer or Slicer colour table, or CSV/TSV/TXT with a value and a name
-            (with or without a header line).
+            in either order (with or without a header line).
 
     Raises:
         ValueError: no such file, no name in it, a value with two names, regions that join several labels.
@@ -132,18 +132,37 @@ def _from_text(text: str) -> list[tuple[int, str]]:
     delimiter = next((d for d in "\t;," if all(d in line for line in lines)), None)
     if delimiter:
         return _from_table(list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True)))
-    return [pair for line in lines if (pair := _from_words(line))]
+    return _from_words([line.split() for line in lines])
 
 
-def _from_words(line: str) -> tuple[int, str] | None:
-    """'17 Left-Hippocampus 220 216 20 0' and '1 Precentral L 2001': the numbers after a name are no part of it."""
-    words = line.split()
-    if not re.fullmatch(r"\d+", words[0]):
-        return None  # a header or a heading
-    end = len(words)
-    while end > 2 and re.fullmatch(r"-?[\d.]+", words[end - 1]):
-        end -= 1
-    return int(words[0]), " ".join(words[1:end]).strip('"')
+def _from_words(lines: list[list[str]]) -> list[tuple[int, str]]:
+    """Lines of words, all with the value first or all with it last.
+
+    '17 Left-Hippocampus 220 216 20 0' and '1 Precentral L 2001': the numbers after a name are no part of it; lines that
+    begin with a word are headings. Where no line begins with a number, each ends in the one number that is its value,
+    but for a heading in the first line.
+    """
+    pairs = []
+    for words in lines:
+        if re.fullmatch(r"\d+", words[0]):
+            end = len(words)
+            while end > 2 and _is_number(words[end - 1]):
+                end -= 1
+            pairs.append((int(words[0]), " ".join(words[1:end]).strip('"')))
+    if pairs:
+        return pairs
+    last = [len(words) > 1 and re.fullmatch(r"\d+", words[-1]) is not None for words in lines]
+    if not any(last):
+        return []
+    for words, value_last in list(zip(lines, last))[0 if last[0] else 1 :]:
+        if not value_last or _is_number(words[-2]):
+            raise ValueError(f"a line must be a name and one whole number, got {' '.join(words)[:80]!r}")
+        pairs.append((int(words[-1]), " ".join(words[:-1]).strip('"')))
+    return pairs
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(r"-?[\d.]+", word) is not None
 
 
 def _from_table(rows: list[list[str]]) -> list[tuple[int, str]]:
