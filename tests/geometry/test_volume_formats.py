@@ -125,6 +125,22 @@ def test_folder_of_masks_as_totalsegmentator_writes(tmp_path: Path):
         read_label_layers(tmp_path)
 
 
+def test_a_folder_of_masks_takes_no_more_memory_for_more_masks(tmp_path: Path):
+    data = np.zeros((60, 50, 40), dtype=np.uint8)
+    for number in range(40):
+        data[number, 1:-1, 1:-1] = number + 1
+    peaks = []
+    for count in (4, 40):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for value in range(1, count + 1):
+            np.savez(folder / f"m{value:02d}.npz", volume=data == value, affine=np.eye(4))
+        peaks.append(peak_bytes(lambda folder=folder: read_label_layers(folder)))
+        (layer,) = read_label_layers(folder)
+        assert labels_of(layer) == list(range(1, count + 1))
+    assert peaks[1] < 1.2 * peaks[0]  # all held at once: 3.6 times
+
+
 def test_channel_stacked_masks(tmp_path: Path):
     a, b = labels() == 2, labels() > 0
     save(tmp_path / "a.nii.gz", np.stack([a, b], axis=-1).astype(np.uint8), SHEARED)
@@ -177,6 +193,72 @@ def test_threshold_surface_is_exact_below_a_voxel():
     assert signed_volume(shell, shell_faces) == pytest.approx(4 / 3 * np.pi * (1000 - 216), rel=0.015)
     edges = np.concatenate([shell_faces[:, [0, 1]], shell_faces[:, [1, 2]], shell_faces[:, [2, 0]]])
     np.testing.assert_array_equal(np.unique(edges, axis=0), np.unique(edges[:, ::-1], axis=0))
+
+
+def plain_threshold(data: np.ndarray, low: float, high: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """The surface in index space, the whole field in float64 at once."""
+    from vtkmodules.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+    from vtkmodules.vtkCommonDataModel import vtkImageData
+    from vtkmodules.vtkFiltersCore import vtkFlyingEdges3D
+
+    field = data.astype(np.float64) - low
+    field = field if high is None else np.minimum(field, high - data.astype(np.float64))
+    tiny = 1e-6 * np.abs(field).max()
+    field = np.pad(np.where(np.abs(field) < tiny, tiny, field), 1, mode="edge")
+    rim = np.ones(field.shape, dtype=bool)
+    rim[1:-1, 1:-1, 1:-1] = False
+    field[rim] = -np.abs(field[rim])
+    image = vtkImageData()
+    image.SetDimensions(*field.shape)
+    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(field.transpose(2, 1, 0)).ravel(), deep=1))
+    contour = vtkFlyingEdges3D()
+    contour.SetInputData(image)
+    contour.SetValue(0, 0.0)
+    contour.Update()
+    mesh = contour.GetOutput()
+    points = vtk_to_numpy(mesh.GetPoints().GetData()).astype(np.float64) - 1
+    return points, vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).reshape(-1, 3)
+
+
+@pytest.mark.parametrize(("dtype", "scale", "shift"), [
+    (np.int16, 300, -40), (np.uint8, 40, 120), (np.float32, 1e-3, 0), (np.float64, 1e-30, 0), (np.float64, 1e250, 0),
+    (np.float64, 1.0, 1e6),
+])  # fmt: skip
+@pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
+def test_threshold_in_slabs_is_the_threshold_of_the_whole(monkeypatch, dtype, scale: float, shift: float, chunk: int):
+    from scipy import ndimage
+
+    from trellis.geometry import label_surfaces
+
+    monkeypatch.setattr(label_surfaces, "CHUNK_VOXELS", chunk)
+    noise = ndimage.gaussian_filter(np.random.default_rng(3).standard_normal((23, 19, 31)), 1.5)
+    data = (noise / noise.std() * scale + shift).astype(dtype)
+    low, high = float(shift), float(shift + 1.5 * scale)  # many voxels of the integer types lie on the level
+    for order in ("C", "F"):
+        for bounds in ((low, None), (low, high)):
+            vertices, faces = threshold_surface(np.asarray(data, order=order), np.eye(4), *bounds)
+            expected, expected_faces = plain_threshold(data, *bounds)
+            np.testing.assert_array_equal(faces, expected_faces)
+            np.testing.assert_allclose(vertices, expected, atol=1e-5)
+    assert len(faces) > 2000
+
+
+def test_threshold_holds_one_field_in_float32():
+    data = np.zeros((200, 180, 160), dtype=np.int16)
+    data[40:60, 50:70, 60:80] = 100
+    assert peak_bytes(lambda: threshold_surface(data, np.eye(4), 50)) < 9 * data.size  # in float64 at once: 25
+
+
+def peak_bytes(work) -> int:
+    """Largest sum of NumPy's arrays while `work` runs, above what there was."""
+    import tracemalloc
+
+    work()  # imports and caches
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
 def test_threshold_at_the_border_and_on_the_level():
