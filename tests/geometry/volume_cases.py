@@ -56,6 +56,15 @@ def labels() -> np.ndarray:
     return data
 
 
+def blob_labels(shape=(13, 15, 11)) -> np.ndarray:
+    """Two touching labels without any symmetry, one of them at the volume's border."""
+    x, y, z = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
+    data = np.zeros(shape, dtype=np.uint8)
+    data[(x - 5) ** 2 + 1.3 * (y - 6) ** 2 + 1.7 * (z - 4) ** 2 < 17] = 3
+    data[(x - 9) ** 2 + (y - 9) ** 2 + (z - 8) ** 2 < 14] = 7
+    return data
+
+
 def itk_image(data: np.ndarray, affine: np.ndarray):
     """Built by hand, apart from the code under test."""
     import SimpleITK
