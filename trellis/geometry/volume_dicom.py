@@ -20,13 +20,14 @@ UNIT_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class _Slice:
-    """One file: size [2], origin [3] and axes [3, 2] (mm in LPS per step along a row and along a column), thickness."""
+    """One file: size [2], origin [3] and axes [3, 2] (mm in LPS per step along a row and along a column), and the text
+    of its thickness, "" without one."""
 
     file: str
     size: tuple[int, int]
     origin: np.ndarray
     axes: np.ndarray
-    thickness_mm: float | None
+    thickness: str
 
 
 def read_dicom_folder(path: Path) -> RawVolume:
@@ -85,36 +86,35 @@ def _read_slice(file: str, number: int) -> _Slice:
     if len(size) > 2 and size[2] != 1:
         raise ValueError(f"file {number} of the series has {size[2]} frames: one slice a file is needed")
     try:
-        origin = _numbers(reader, "0020|0032", 3, "position")
-        directions = _numbers(reader, "0020|0037", 6, "orientation").reshape(2, 3)
-        between_rows, between_columns = _numbers(reader, "0028|0030", 2, "pixel spacing")
+        origin = _numbers(_text(reader, "0020|0032"), 3, "position (0020,0032)")
+        directions = _numbers(_text(reader, "0020|0037"), 6, "orientation (0020,0037)").reshape(2, 3)
+        between_rows, between_columns = _numbers(_text(reader, "0028|0030"), 2, "pixel spacing (0028,0030)")
         length = np.linalg.norm(directions, axis=1)
         if np.abs(length - 1).max() > UNIT_TOLERANCE or abs(directions[0] @ directions[1]) > UNIT_TOLERANCE:
             raise ValueError(f"orientation must be two unit vectors at right angles, got {directions.tolist()}")
         if min(between_rows, between_columns) <= 0:
             raise ValueError(f"pixel spacing must be above 0, got {between_rows:g} and {between_columns:g} mm")
-        thickness = next(
-            (float(_numbers(reader, key, 1, "thickness")[0]) for key in ("0018|0050", "0018|0088")
-             if reader.HasMetaDataKey(key) and reader.GetMetaData(key).strip()), None,
-        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"file {number} of the series: {error}") from None
     axes = (directions / length[:, None]).T * [between_columns, between_rows]
+    thickness = _text(reader, "0018|0050") or _text(reader, "0018|0088")  # of the slice, or between slices
     return _Slice(file, (int(size[0]), int(size[1])), origin, axes, thickness)
 
 
-def _numbers(reader: Any, key: str, count: int, what: str) -> np.ndarray:
-    """[count] float64 of an element; ValueError where it is missing or holds something else."""
-    text = reader.GetMetaData(key) if reader.HasMetaDataKey(key) else ""
-    name = f"{what} ({key.replace('|', ',')})"
-    if not text.strip():
+def _text(reader: Any, key: str) -> str:
+    return reader.GetMetaData(key).strip(" \0") if reader.HasMetaDataKey(key) else ""
+
+
+def _numbers(text: str, count: int, name: str) -> np.ndarray:
+    """[count] float64 of an element's text; ValueError where there is none or it holds something else."""
+    if not text:
         raise ValueError(f"{name} is missing")
     try:
         values = np.array([float(word) for word in text.split("\\")])
     except ValueError:
         values = np.zeros(0)
     if len(values) != count or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be {count} finite numbers, got {text.strip()[:80]!r}")
+        raise ValueError(f"{name} must be {count} finite numbers, got {text[:80]!r}")
     return values
 
 
@@ -127,11 +127,11 @@ def _grid(slices: list[_Slice]) -> tuple[np.ndarray, bool]:
     normal = np.cross(*first.axes.T)
     normal /= np.linalg.norm(normal)
     if count == 1:
-        thickness = 1.0 if first.thickness_mm is None else first.thickness_mm
+        thickness = float(_numbers(first.thickness, 1, "thickness")[0]) if first.thickness else 1.0
         if thickness <= 0:
             raise ValueError(f"the thickness of a single slice must be above 0, got {thickness:g} mm")
         grid[:3, 2] = normal * thickness
-        return grid, first.thickness_mm is not None
+        return grid, bool(first.thickness)
     last_index = np.array(first.size) - 1
     for number, part in enumerate(slices, start=1):
         turned = (part.axes - first.axes) * last_index
