@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 
 from trellis.preparation.discover import find_sources
-from trellis.preparation.options import add_search_options
+from trellis.preparation.options import add_search_options, with_negative_thresholds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 some files have no patient, 2 wrong argument or nothing found."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(with_negative_thresholds(argv))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         found = find_sources(

@@ -12,6 +12,8 @@ import pytest
 from preparation_shapes import ellipsoid, write_labels, write_stl
 
 from dataset_toolkits.datasets import MedicalData
+from trellis.pipelines.inspect_file import inspect_file
+from trellis.pipelines.shape_inputs import InputOptions, sources_of
 from trellis.preparation import layouts
 from trellis.preparation.discover import find_sources
 from trellis.preparation.layouts import fits, is_chosen
@@ -178,6 +180,8 @@ def test_slicer_folders(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "volume\tdoe\tdoe/Segmentation.seg.nrrd" in printed and "mesh\tdoe\tdoe/models/liver.stl" in printed
     assert "1 meshes, 1 label volumes, 0 other files\n2 left out: not chosen" in printed
+    assert MedicalData.main([str(root), "--threshold", "-200:300"]) == 0
+    assert "2 meshes, 2 volumes, 0 other files" in capsys.readouterr().out
     assert MedicalData.main([str(root), "--include", "*.nii.gz"]) == 2
     assert "4 left out: not chosen by --include and --exclude" in capsys.readouterr().err
 
@@ -186,3 +190,23 @@ def test_names_with_dots_are_patients_of_their_own(tmp_path):
     for name in ("doe.01.nii.gz", "doe.02.nii.gz"):
         write_labels(tmp_path / name)
     assert [source.patient for source in find_sources(tmp_path).sources] == ["doe.01", "doe.02"]
+
+
+def test_encode_and_inspect_choose_and_refuse_alike(tmp_path, caplog):
+    folder = tmp_path / "doe"
+    write_labels(folder / "seg.nii.gz")
+    image = write_image(folder / "ct.nii.gz")
+    for name in ("1.2.1", "1.2.2"):
+        (folder / name).write_bytes(bytes(128) + b"DICM")
+    (source,) = sources_of([folder], InputOptions(resolution=32, exclude=("ct.*",)))
+    assert source.name == str(folder / "seg.nii.gz")
+    assert f"1 left out: {layouts.NOT_CHOSEN}" in caplog.text and f"2 left out: {layouts.LOOSE_SLICES}" in caplog.text
+    with pytest.raises(ValueError, match="neither a prepared folder"):
+        sources_of([folder], InputOptions(resolution=32, include=("*.mha",)))
+    with pytest.raises(ValueError, match="include must be a pattern"):
+        InputOptions(include=("/doe",))
+    (source,) = sources_of([image], InputOptions(resolution=32))
+    with pytest.raises(ValueError, match="probably an image"):
+        list(source.shapes())
+    facts = inspect_file(image)
+    assert "probably an image" in facts["refused"] and facts["shape"] == [14, 12, 10]

@@ -124,9 +124,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_prepare(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Arguments as keywords of `prepare_dataset`; `--threshold -200:300` is understood although it starts with "-"."""
+    """Arguments as keywords of `prepare_dataset`."""
+    return vars(parser.parse_args(with_negative_thresholds(arguments)))
+
+
+def with_negative_thresholds(arguments: Sequence[str] | None = None) -> list[str]:
+    """Arguments (None: those of the program), with `--threshold -200:300` in a form that may start with "-"."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     for at in range(len(given) - 2, -1, -1):
         if given[at] == "--threshold" and re.match(r"-[\d.]", given[at + 1]):
             given[at : at + 2] = [f"--threshold={given[at + 1]}"]
-    return vars(parser.parse_args(given))
+    return given
