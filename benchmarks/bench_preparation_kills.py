@@ -2,9 +2,9 @@
 
     python benchmarks/bench_preparation_kills.py [--shapes 100] [--kills 10] [--workers 2] [--seed 0]
 
-Half of the kills hit one worker process, half the whole run (SIGKILL each), which is then started again. Their moments
-are spread over the start of a run, reading, computing and its end: each strikes a random while after a random number of
-finished tasks. Prints what was lost, left half-written, listed twice or done again: nothing, or it exits 1.
+Kills (SIGKILL) hit one worker process or, about as often, the whole run, which is then started again. Their
+moments are spread over the start of a run, reading, computing and its end: each strikes a random while after a random
+number of finished tasks. Prints what was lost, left half-written, listed twice or done again: nothing, or it exits 1.
 """
 
 from __future__ import annotations
