@@ -208,6 +208,8 @@ def encode(
     out: Out,
     resolution: Resolution = None,
     split: Annotated[Split, typer.Option(help="of prepared folders")] = Split.all,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="of a folder's files; repeatable")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="not these; repeatable")] = None,
     labels: Labels = None,
     label_names: Annotated[Path | None, typer.Option(help="table of label names; else one beside a volume")] = None,
     mask_folders: Annotated[bool, typer.Option("--mask-folders", help="a folder is one mask file per class")] = False,
@@ -232,6 +234,7 @@ def encode(
     tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
     options = InputOptions(
         resolution=resolution or tokenizer.resolution, split=split.value, mesh_space=mesh_space.value,
+        include=tuple(include or ()), exclude=tuple(exclude or ()),
         labels=split_list(labels), label=name, label_names=label_names, mask_folders=mask_folders,
         max_hole_mm=max_hole_mm, nested=nested.value, spacing_mm=spacing_mm, threshold=threshold,
         threshold_label=threshold_label, min_component_ml=min_component_ml, frame=frame, device=tokenizer.device.type,

@@ -116,14 +116,14 @@ def _afterwards(vertices: np.ndarray, faces: np.ndarray, settings: PrepareSettin
 
 def _is_volume(path: Path) -> bool:
     """A volume file, or a folder of mask files or of DICOM slices."""
-    from trellis.geometry.dicom_check import is_dicom
     from trellis.geometry.volume import is_volume_file
+    from trellis.preparation.discover import is_dicom_slice
 
     if not path.is_dir():
         return is_volume_file(path)
     files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
     return any(is_volume_file(file) and not is_prepared_file(file) for file in files) or any(
-        file.suffix.lower() in ("", ".dcm", ".ima") and is_dicom(file) for file in files
+        is_dicom_slice(file) for file in files
     )
 
 
@@ -189,14 +189,18 @@ def _raw_volume(path: Path) -> Facts:
 
 
 def _labels(path: Path, layers: Sequence[LabelVolume]) -> Facts:
-    from trellis.geometry.label_names import read_label_names
     from trellis.geometry.source_grid import label_boxes
     from trellis.geometry.volume import labels_of
-    from trellis.preparation.surfaces import find_table, names_of_labels
+    from trellis.preparation.label_tables import find_table, named_layers, read_table
+    from trellis.preparation.surfaces import names_of_labels
 
-    table = None if _has_masks(path) else find_table(path, path.parent)
-    own = {number: name for layer in layers for number, name in layer.names.items()}
-    known = {**own, **(read_label_names(table) if table else {})}
+    masks = _has_masks(path)
+    table = None if masks else find_table(path, path.parent)
+    own = any(layer.names for layer in layers)
+    try:
+        layers, known = named_layers(layers, read_table(table) if table else {}, masks=masks)
+    except ValueError as error:
+        return {"refused": str(error)}
     numbers = {number: layer for layer in layers for number in labels_of(layer)}
     names = names_of_labels(list(numbers), known, None)
     boxes = {number: box for layer in layers for number, box in label_boxes(layer.data, labels_of(layer)).items()}
@@ -211,7 +215,7 @@ def _labels(path: Path, layers: Sequence[LabelVolume]) -> Facts:
         if len(layers) > 1:
             entry["layer"] = next(i for i, other in enumerate(layers) if other is layer)
         labels.append(entry)
-    source = f"{table.name} beside it" if table else "the file" if own and not path.is_dir() else "the files' names"
+    source = f"{table.name} beside it" if table else "the files' names" if masks else "the file"
     return {"names_from": source if table or own else "none: labels are called by their numbers", "labels": labels}
 
 
