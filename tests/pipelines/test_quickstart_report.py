@@ -151,7 +151,7 @@ def test_the_quickstart_ends_with_the_exit_code_of_its_table(tmp_path):
     """The script's own lines, with stand-ins for python and the command: all stages pass, the table misses a target."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    python = 'case "$*" in *quickstart_report*) exit 3;; *) echo 1;; esac'
+    python = 'case "$*" in *quickstart_report*) exit 3;; *sys.prefix*) echo "$VIRTUAL_ENV";; *) echo 1;; esac'
     for name, line in (("trellis-vqvae", "exit 0"), ("python", python)):
         (commands / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
         (commands / name).chmod(0o755)

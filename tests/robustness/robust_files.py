@@ -192,21 +192,24 @@ def nifti() -> bytes:
     return nibabel.Nifti1Image(label_array(), AFFINE).to_bytes()
 
 
-def nifti_extension() -> bytes:
-    """With a label table as XML in a header extension, as TotalSegmentator writes it; readers may skip it."""
+def nifti_extension(text: str | None = None) -> bytes:
+    """With XML in a header extension: a label table as TotalSegmentator writes it, or `text`."""
     import nibabel
 
+    image = nibabel.Nifti1Image(label_array(), AFFINE)
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, (text or label_table()).encode()))
+    return image.to_bytes()
+
+
+def label_table() -> str:
     labels = "".join(
         f'<Label Key="{value}" Red="1" Green="0.5" Blue="0" Alpha="1"><![CDATA[{name}]]></Label>\n'
         for value, name in ((1, "liver"), (3, "kidney_left"))
     )
-    text = (
+    return (
         '<?xml version="1.0" encoding="UTF-8"?> <CaretExtension> <VolumeInformation Index="0"> <LabelTable>\n'
         f"{labels}</LabelTable> <StudyMetaDataLinkSet></StudyMetaDataLinkSet> </VolumeInformation></CaretExtension>"
     )
-    image = nibabel.Nifti1Image(label_array(), AFFINE)
-    image.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, text.encode()))
-    return image.to_bytes()
 
 
 def mgh() -> bytes:
