@@ -6,7 +6,7 @@ from robust_runner import Job, run_jobs
 
 WORDS = {
     "shell": "work/escaped", "home": "home/escaped", "temporary": "tmp/tmp", "above": "inputs/escaped",
-    "overwrite": "overwrite/a.txt", "delete": "delete/a.txt", "crash": "exit status", "memory": "took 9",
+    "overwrite": "overwrite/a.txt", "delete": "delete/a.txt", "crash": "exit status", "memory": "MiB; result",
     "other error": "KeyError", "nameless": "does not name the file",
 }  # fmt: skip
 
