@@ -42,17 +42,12 @@ stage() { # stage TITLE COMMAND...: run a command, say what and for how long
 install() {
     if [ -n "${VENV:-}" ] || { [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; }; then
         local venv="${VENV:-$out/.venv}"
-        [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-        PATH="$(cd "$venv" && pwd)/bin:$PATH"
-        export PATH VIRTUAL_ENV="$venv"
-    fi
-    local constraints=(-c "$root/constraints.txt")
-    if ! python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "Python 3.10: installing by the ranges of pyproject.toml, the pinned set needs 3.11" >&2
-        constraints=()
-    fi
-    if ! python -c 'import trellis, torch, nilearn, warp, pyvista, typer' 2>/dev/null; then
-        PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet "${constraints[@]}" -e "$root[quickstart]"
+        bash "$root/scripts/install.sh" quickstart "$venv"
+        VIRTUAL_ENV="$(cd "$venv" && pwd)"
+        PATH="$VIRTUAL_ENV/bin:$PATH"
+        export PATH VIRTUAL_ENV
+    else
+        bash "$root/scripts/install.sh" quickstart
     fi
     python -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}")'
 }

@@ -4,12 +4,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
+    bash scripts/install.sh dev
+else
+    bash scripts/install.sh dev .venv
     PATH="$PWD/.venv/bin:$PATH"
 fi
-
-bash scripts/install.sh
 
 # Two cores shared by many small operations: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"

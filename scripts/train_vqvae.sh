@@ -10,5 +10,12 @@ resolution="$1" data="$2" out="$3"
 shift 3
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-exec "${PYTHON:-python}" "$root/train.py" \
+python="${PYTHON:-}"
+if [ -z "$python" ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+    python="$root/.venv/bin/python"
+fi
+if [ -z "$python" ]; then
+    python="$(command -v python || echo python3)"
+fi
+exec "$python" "$root/train.py" \
     --config "$root/configs/vae/sparse_sdf_vqvae_${resolution}.json" --data_dir "$data" --output_dir "$out" "$@"

@@ -30,7 +30,8 @@ BELOW: dict[str, set[str]] = {
 """What each part of trellis may import besides itself; parts that are not listed are the edge and may import all."""
 EDGE = {"cli", "doctor", "doctor_probes"}
 
-HEAVY = ["warp", "trimesh", "pyvista", "vtk", "vtkmodules", "nibabel", "SimpleITK", "dask", "distributed", "triton"]
+HEAVY = ["scipy", "warp", "trimesh", "pyvista", "vtk", "vtkmodules", "nibabel", "SimpleITK", "dask", "distributed",
+         "triton"]
 """What training on a GPU node must not need."""
 
 

@@ -272,22 +272,53 @@ def test_encode_of_a_label_volume_and_back_onto_its_grid(model_folder, volume_fi
     np.testing.assert_allclose(np.abs(np.diag(nibabel.load(masks / f"{labels['2'].stem}.nii.gz").affine)[:3]), 2)
 
 
-def test_all_shapes_of_a_patient_into_one_volume(model_folder, volume_file, tmp_path):
+def test_all_shapes_of_a_patient_into_one_volume(model_folder, volume_file, tmp_path, monkeypatch):
     import nibabel
 
     tokens, out = tmp_path / "tokens", tmp_path / "out"
     assert run("encode", model_folder, volume_file, "-o", tokens, "--device", "cpu").exit_code == 0
-    refused = run("decode", model_folder, tokens, "-o", out, "--format", "nii.gz", "--merge", "all")
+    true_fields(monkeypatch, volume_file)
+    refused = run("decode", model_folder, tokens, "-o", out, "--merge", "all")
     assert refused.exit_code == 2 and "--like" in refused.output
-    result = run(
-        "decode", model_folder, tokens, "-o", out, "--format", "nii.gz", "--like", volume_file, "--merge", "all"
-    )
+    result = run("decode", model_folder, tokens, "-o", out, "--like", volume_file)
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in out.iterdir()) == ["all.csv", "all.nii.gz"]
-    merged = np.asarray(nibabel.load(out / "all.nii.gz").dataobj)
-    assert merged.shape == (30, 26, 22) and set(np.unique(merged)) <= {0, 2, 7}
-    with open(out / "all.csv", newline="") as stream:
-        assert [(row["number"], row["label"]) for row in csv.DictReader(stream)] == [("2", "2"), ("7", "7")]
+    assert sorted(path.name for path in out.iterdir()) == ["decoded_labels.csv", "decoded_labels.nii.gz"]
+    merged, source = (np.asarray(nibabel.load(p).dataobj) for p in (out / "decoded_labels.nii.gz", volume_file))
+    for value in (2, 7):
+        both = np.count_nonzero((merged == value) & (source == value))
+        assert 2 * both / (np.count_nonzero(merged == value) + np.count_nonzero(source == value)) > 0.99
+    assert (out / "decoded_labels.csv").read_text() == "value,name\n2,2\n7,7\n"
+    for options in ((), ("--format", "nii.gz")):
+        named = run("decode", model_folder, tokens, "-o", out / "b", "--like", volume_file, "--merge", "all", *options)
+        assert named.exit_code == 0, named.output
+        assert sorted(path.name for path in (out / "b").iterdir()) == ["all.csv", "all.nii.gz"]
+    assert (out / "b" / "all.nii.gz").read_bytes() == (out / "decoded_labels.nii.gz").read_bytes()
+    alone = run("decode", model_folder, tokens, "-o", out / "c", "--spacing-mm", 2)
+    assert alone.exit_code == 0 and len(list((out / "c").glob("*_r32.nii.gz"))) == 2, "without --like a mask a shape"
+
+
+def true_fields(monkeypatch, volume_file):
+    """The decoder gives the TSDF that a shape of this volume has, not what an untrained network makes of it."""
+    from trellis.pipelines.shape_inputs import InputOptions, sources_of
+    from trellis.pipelines.tokenizer import SparseSDFTokenizer
+
+    (source,) = sources_of([volume_file], InputOptions(resolution=32))
+    fields = {shape.sha256: torch.from_numpy(shape.load().block_sdf) for shape in source.shapes()}
+    monkeypatch.setattr(SparseSDFTokenizer, "decode_values", lambda self, tokens: fields[tokens.sha256])
+
+
+def test_label_volumes_are_refused_where_they_would_do_harm(model_folder, volume_file, tmp_path):
+    tokens = tmp_path / "tokens"
+    assert run("encode", model_folder, volume_file, "-o", tokens, "--device", "cpu").exit_code == 0
+    before = volume_file.read_bytes()
+    decode = ("decode", model_folder, tokens, "--like", volume_file)
+    over = run(*decode, "-o", volume_file.parent, "--merge", "labels")
+    assert over.exit_code == 2 and "would be overwritten" in over.output and volume_file.read_bytes() == before
+    mesh = run(*decode, "-o", tmp_path / "out", "--merge", "all", "--format", "stl")
+    assert mesh.exit_code == 2 and "got --format stl" in mesh.output
+    nobody = run(*decode, "-o", tmp_path / "out", "--patient", "p1")
+    assert nobody.exit_code == 2 and "the tokens do not say whose they are" in nobody.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_folder_of_plain_files_is_its_shapes(model_folder, mesh_file, volume_file, tmp_path):
@@ -393,6 +424,24 @@ def test_inspect_each_kind(model_folder, mesh_file, volume_file, tmp_path):
     assert "space: RAS (the file does not say: --mesh-space)" in run("inspect", untagged, "--mesh-space", "RAS").output
     text = run("inspect", volume_file).output
     assert "spacing mm: [1.5, 1, 2]" in text
+
+
+def test_inspect_takes_the_options_of_prepare(mesh_file, tmp_path):
+    np.save(tmp_path / "ct.npy", np.arange(-1000, 1016, dtype=np.int16).reshape(14, 12, 12))
+    refused = run("inspect", tmp_path / "ct.npy", "--threshold", "-200:300")
+    assert refused.exit_code == 1 and "it has no voxel spacing" in refused.output
+    result = run("inspect", tmp_path / "ct.npy", "--spacing-mm", 1, 1, 2, "--threshold", "-200:300", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["spacing_mm"] == [1, 1, 2] and facts["threshold"] == "-200:300"
+    # 500 of 2016 values lie within, and a voxel has 2 mm3
+    assert facts["afterwards"]["volume_ml"] == pytest.approx(1.0, rel=0.05)
+    open_mesh = tmp_path / "open.off"
+    open_mesh.write_text("OFF\n5 5 0\n0 0 0\n9 0 0\n9 9 0\n0 9 0\n4 4 7\n3 0 1 4\n3 1 2 4\n3 2 3 4\n3 3 0 4\n3 0 2 1\n")
+    assert run("inspect", open_mesh, "--max-hole-mm", 20, "--nested", "solid").exit_code == 0
+    narrow = run("inspect", open_mesh, "--max-hole-mm", 2)
+    assert narrow.exit_code == 1 and "refused: " in narrow.output
+    assert run("inspect", mesh_file, "--max-hole-mm", -1).exit_code == 2
 
 
 def test_train_takes_train_pys_options(tmp_path):

@@ -28,13 +28,15 @@ def test_crash_is_reported_by_signal(monkeypatch):
     finding = doctor.run_probe("tsdf", "cuda:0", timeout_s=30)
     assert not finding.ok and "SIGSEGV" in finding.detail
     assert "--device cpu" in finding.advice and "\n" not in finding.advice
+    assert "update the NVIDIA driver" in finding.advice
+    assert "python -m trellis.doctor_probes tsdf cuda:0" in finding.advice
 
 
 def test_hang_is_reported_and_ends(monkeypatch):
     child_of(monkeypatch, "import time; time.sleep(60)")
     start = time.monotonic()
     finding = doctor.run_probe("attention", "cpu", timeout_s=1)
-    assert not finding.ok and "no answer within 1 s" in finding.detail
+    assert not finding.ok and "no answer within 1 s (--timeout-s waits longer)" in finding.detail
     assert time.monotonic() - start < 20
 
 
@@ -47,6 +49,22 @@ def test_error_is_reported_in_its_own_words(monkeypatch):
 def test_noise_before_the_answer_is_ignored(monkeypatch):
     child_of(monkeypatch, "print('Warp 1.0 says hello'); print('{\"detail\": \"fine\"}')")
     assert doctor.run_probe("tsdf", "cpu", timeout_s=30).detail.startswith("fine")
+
+
+@pytest.mark.parametrize("end", ["bye now", "3", "{}", "[" * 3])
+def test_an_end_that_is_no_answer_is_a_failed_probe(monkeypatch, end):
+    child_of(monkeypatch, f"print('{{\"detail\": \"fine\"}}'); print('x' * 300); print({end!r})")
+    finding = doctor.run_probe("attention", "cpu", timeout_s=30)
+    assert not finding.ok and finding.detail.startswith("fails: its output does not end with an answer but with: xxx")
+    assert finding.detail.endswith(f"xx | {end}") and len(finding.detail) < 280
+    assert finding.advice.startswith("pip install --force-reinstall torch; ")
+    devices, found = doctor.find_devices(timeout_s=30)
+    assert devices == ["cpu"] and not found[0].ok and "trellis.doctor_probes devices cpu" in found[0].advice
+
+
+def test_every_probe_has_a_repair_for_every_kind_of_device():
+    assert doctor.REPAIRS.keys() == doctor.PROBES.keys()
+    assert all(repairs.keys() == {"cpu", "cuda"} for repairs in doctor.REPAIRS.values())
 
 
 def test_missing_package_gets_one_line_of_advice(monkeypatch):
@@ -82,7 +100,7 @@ def test_only_essential_findings_decide():
 
 def test_machine_without_gpu_is_told_so(monkeypatch):
     answer = {"torch": "2.13.0+cpu", "cuda_build": None, "threads": 2, "gpus": [], "warp_cuda": False}
-    monkeypatch.setattr(doctor, "_run_child", lambda arguments, timeout_s: answer)
+    monkeypatch.setattr(doctor, "_run_child", lambda arguments, timeout_s, key: answer)
     devices, found = doctor.find_devices(timeout_s=1)
     assert devices == ["cpu"]
     assert "CPU build" in found[-1].advice and not found[-1].essential
@@ -90,7 +108,16 @@ def test_machine_without_gpu_is_told_so(monkeypatch):
     assert "nvidia-smi" in doctor.find_devices(timeout_s=1)[1][-1].advice
 
 
-@pytest.mark.parametrize("probe", sorted(doctor.PROBES))
-def test_probe_passes_here(probe):
-    finding = doctor.run_probe(probe, "cpu")
-    assert finding.ok, finding.detail
+def test_a_whole_examination_of_this_machine():
+    report = doctor.examine()
+    assert list(report.sections)[:4] == ["machine", "packages", "devices", "probes on cpu"]
+    assert report.ok, doctor.as_text(report)
+    probes = {finding.name: finding for finding in report.sections["probes on cpu"]}
+    assert probes.keys() == doctor.PROBES.keys() and all(finding.essential for finding in probes.values())
+    assert probes["convolution"].detail.startswith("backend cpu; relative error ")
+    assert probes["attention"].detail.startswith("backend padded SDPA in float32; relative error ")
+    assert "largest error" in probes["tsdf"].detail
+    assert json.loads(json.dumps(report.as_dict()))["ok"] is True
+    lines = doctor.as_text(report).splitlines()
+    assert "probes on cpu:" in lines and lines[-1] == "all that is essential works"
+    assert any(line.startswith("  ok   attention: backend padded SDPA in float32") for line in lines)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
+import pickle
 import zipfile
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 from trellis.utils.blocks import SparseSDFBlocks, blocks_from_voxels, morton_order
 from trellis.utils.io_utils import (
+    UnreadableFile,
     atomic_write,
     load_sparse_sdf,
     save_sparse_sdf,
@@ -30,7 +33,7 @@ def blocks() -> SparseSDFBlocks:
     sdf = rng.uniform(-1, 1, (len(index), 8, 8, 8)).astype(np.float16)
     to_world = np.diag([3.0, 3.0, 3.0, 1.0])
     to_world[:3, 3] = [1, -2, 3]
-    return SparseSDFBlocks(index, sdf, to_world, 64, 4, label="liver ä", patient_id="p", prep_hash="h")
+    return SparseSDFBlocks(index, sdf, to_world, 64, 4, label="liver ä", patient_id="p", prep_hash="h", label_value=7)
 
 
 def fields_of(path):
@@ -70,6 +73,11 @@ def test_json_and_hash(tmp_path):
     assert sha256_of_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
 
 
+def test_unreadable_files_come_back_whole_from_other_processes():
+    error = pickle.loads(pickle.dumps(UnreadableFile("a.ply: line 'x'", "a.ply: ValueError")))
+    assert (type(error), str(error), error.public) == (UnreadableFile, "a.ply: line 'x'", "a.ply: ValueError")
+
+
 def test_schema_2_round_trip(tmp_path, blocks):
     path = tmp_path / "x_r64.npz"
     save_sparse_sdf(path, blocks)
@@ -79,9 +87,14 @@ def test_schema_2_round_trip(tmp_path, blocks):
         assert one.dtype == two.dtype
         np.testing.assert_array_equal(one, two)
     assert (back.resolution, back.band_voxels) == (64, 4)
-    assert (back.label, back.patient_id, back.prep_hash) == ("liver ä", "p", "h")
+    assert (back.label, back.patient_id, back.prep_hash, back.label_value) == ("liver ä", "p", "h", 7)
     assert {info.compress_type for info in zipfile.ZipFile(path).infolist()} == {zipfile.ZIP_STORED}
     assert int(fields_of(path)["schema_version"]) == 2
+    save_sparse_sdf(path, dataclasses.replace(blocks, label_value=None))
+    assert "label_value" not in fields_of(path) and load_sparse_sdf(path).label_value is None
+    np.savez(path, **{**fields_of(path), "label_value": np.int64(-3)})
+    with pytest.raises(ValueError, match="x_r64.npz: label_value must be from 1 to 2147483647, got -3"):
+        load_sparse_sdf(path)
 
 
 @pytest.mark.parametrize("prefix", ["", "sparse_sdf/"])

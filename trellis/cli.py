@@ -86,6 +86,8 @@ MaxMemory = Annotated[
     float | None,
     typer.Option("--max-memory-gb", help="split large shapes into parts, to stay within so many GB of the device"),
 ]
+Spacing = Annotated[tuple[float, float, float] | None, typer.Option(help="of volumes that have none")]
+Threshold = Annotated[str | None, typer.Option(metavar="LOW[:HIGH]", help="volumes are intensities")]
 Labels = Annotated[str | None, typer.Option(help="label numbers or names to take, with commas between")]
 
 Command = TypeVar("Command", bound=Callable[..., int])
@@ -206,11 +208,13 @@ def encode(
     out: Out,
     resolution: Resolution = None,
     split: Annotated[Split, typer.Option(help="of prepared folders")] = Split.all,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="of a folder's files; repeatable")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="not these; repeatable")] = None,
     labels: Labels = None,
     label_names: Annotated[Path | None, typer.Option(help="table of label names; else one beside a volume")] = None,
     mask_folders: Annotated[bool, typer.Option("--mask-folders", help="a folder is one mask file per class")] = False,
-    spacing_mm: Annotated[tuple[float, float, float] | None, typer.Option(help="of volumes that have none")] = None,
-    threshold: Annotated[str | None, typer.Option(metavar="LOW[:HIGH]", help="volumes are intensities")] = None,
+    spacing_mm: Spacing = None,
+    threshold: Threshold = None,
     threshold_label: Annotated[str, typer.Option(help="label of that shape")] = "threshold",
     min_component_ml: Annotated[float, typer.Option(help="remove smaller parts of labels")] = 0.0,
     frame: Annotated[str, typer.Option(help="cube: shape or fixed-mm:SIZE, as the model was trained with")] = "shape",
@@ -230,6 +234,7 @@ def encode(
     tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema)
     options = InputOptions(
         resolution=resolution or tokenizer.resolution, split=split.value, mesh_space=mesh_space.value,
+        include=tuple(include or ()), exclude=tuple(exclude or ()),
         labels=split_list(labels), label=name, label_names=label_names, mask_folders=mask_folders,
         max_hole_mm=max_hole_mm, nested=nested.value, spacing_mm=spacing_mm, threshold=threshold,
         threshold_label=threshold_label, min_component_ml=min_component_ml, frame=frame, device=tokenizer.device.type,
@@ -245,7 +250,10 @@ def encode(
 DECODE_EXAMPLES = """\
 Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format stl
 
-Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format ply --max-memory-gb 4"""
+Example: trellis-vqvae decode run/ tokens/ -o meshes/ --format ply --max-memory-gb 4
+
+Example: trellis-vqvae decode run/ tokens/ -o labels/ --like ct.nii.gz   (one patient's shapes as one label volume)"""
+MERGED_NAME = "decoded_labels"
 
 
 @app.command(epilog=DECODE_EXAMPLES)
@@ -254,35 +262,52 @@ def decode(
     ckpt: Ckpt,
     tokens: Annotated[list[Path], typer.Argument(metavar="TOKENS...", help="token files, or folders of them")],
     out: Out,
-    file_format: Annotated[str, typer.Option("--format", help="stl, ply, glb, obj, off or nii.gz")] = "stl",
-    like: Annotated[Path | None, typer.Option(help="volume whose grid a nii.gz gets")] = None,
-    spacing_mm: Annotated[float | None, typer.Option("--spacing-mm", help="cubic voxels of a nii.gz")] = None,
-    merge: Annotated[str | None, typer.Option(help="NAME of one label volume of all shapes; needs --like")] = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help="a file a shape: stl (unless a grid is given), ply, glb, obj, off or nii.gz"),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="volume whose grid is taken; without --format all shapes become one label volume"),
+    ] = None,
+    spacing_mm: Annotated[float | None, typer.Option("--spacing-mm", help="cubic voxels, a nii.gz a shape")] = None,
+    merge: Annotated[
+        str | None, typer.Option(help=f"NAME of the label volume of all shapes ({MERGED_NAME}); needs --like")
+    ] = None,
+    patient: Annotated[str | None, typer.Option(help="only tokens of this patient id")] = None,
     mesh_space: Annotated[Space, typer.Option("--mesh-space", help="space that meshes are written in")] = Space.LPS,
     max_memory_gb: MaxMemory = None,
     device: Device = None,
     no_ema: NoEma = False,
     debug: Debug = False,
 ) -> int:
-    """Token files to meshes (or masks on a volume's grid) in millimetres, under the same stem."""
-    from trellis.pipelines.batch import decode_many, decode_together
+    """Token files to meshes in millimetres, under the same stem, or to label volumes."""
+    from trellis.pipelines.batch import VOLUME_FORMAT, decode_many, decode_together
     from trellis.pipelines.label_volume import VolumeGrid
     from trellis.pipelines.tokenizer import SparseSDFTokenizer
 
+    file_format = None if file_format is None else file_format.lower().lstrip(".")
     if like is not None and spacing_mm is not None:
         raise ValueError("--like and --spacing-mm exclude each other: one grid is needed")
     grid = VolumeGrid.like(like) if like else VolumeGrid(spacing_mm=spacing_mm) if spacing_mm is not None else None
     if merge is not None and like is None:
         raise ValueError("--merge needs --like REFERENCE: shapes have no grid in common")
+    if merge is not None and file_format not in (None, VOLUME_FORMAT):
+        raise ValueError(f"--merge writes a {VOLUME_FORMAT}, got --format {file_format}")
+    if file_format is None and like is not None:
+        merge = merge or MERGED_NAME
+    target = None if merge is None else out / f"{Path(merge).name.removesuffix('.nii.gz')}.{VOLUME_FORMAT}"
+    if target is not None and target.exists() and target.samefile(like):
+        raise ValueError(f"{target}: the reference would be overwritten; give another --merge NAME or another folder")
     tokenizer = SparseSDFTokenizer.from_pretrained(ckpt, device=device, ema=not no_ema, max_memory_gb=max_memory_gb)
     with progress_on_stderr("decoding") as progress:
-        if merge is not None and grid is not None:
-            name = merge if merge.endswith(".nii.gz") else f"{merge}.nii.gz"
-            outcome = decode_together(tokenizer, tokens, out / Path(name).name, grid, progress=progress)
-            return report_outcome(outcome, out, "files")
-        outcome = decode_many(
-            tokenizer, tokens, out, file_format=file_format, mesh_space=mesh_space.value, grid=grid, progress=progress
-        )
+        if target is not None:
+            outcome = decode_together(tokenizer, tokens, target, grid, patient=patient, progress=progress)
+        else:
+            outcome = decode_many(
+                tokenizer, tokens, out, file_format=file_format or ("stl" if grid is None else VOLUME_FORMAT),
+                mesh_space=mesh_space.value, grid=grid, patient=patient, progress=progress,
+            )  # fmt: skip
     return report_outcome(outcome, out, "files")
 
 
@@ -341,22 +366,35 @@ def evaluate(
     return EXIT_FAILED if summary["n_failed"] else EXIT_DONE
 
 
-@app.command(epilog="Example: trellis-vqvae inspect liver.stl")
+INSPECT_EXAMPLES = """\
+Example: trellis-vqvae inspect liver.stl --nested solid --max-hole-mm 20
+
+Example: trellis-vqvae inspect ct.npy --spacing-mm 0.8 0.8 2 --threshold 300"""
+
+
+@app.command(epilog=INSPECT_EXAMPLES)
 @edge
 def inspect(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="mesh, volume, prepared shape, tokens, model")],
     mesh_space: MeshSpace = Space.LPS,
+    nested: NestedOption = Nested.cavity,
+    max_hole_mm: MaxHole = None,
+    spacing_mm: Spacing = None,
+    threshold: Threshold = None,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     debug: Debug = False,
 ) -> int:
-    """Say what is in a file, what is wrong with it, and what would be done about it."""
+    """Say what is in a file, what is wrong with it, and what prepare and encode, given the same options, would do."""
     import json
 
     from trellis.pipelines.inspect_file import as_text, inspect_file
 
     problems = 0
     for path in files:
-        facts = inspect_file(path, mesh_space=mesh_space.value)
+        facts = inspect_file(
+            path, mesh_space=mesh_space.value, nested=nested.value, max_hole_mm=max_hole_mm, spacing_mm=spacing_mm,
+            threshold=threshold,
+        )  # fmt: skip
         problems += bool(facts.get("refused"))
         print(json.dumps(facts) if json_output else as_text(facts))
     return EXIT_FAILED if problems else EXIT_DONE

@@ -36,7 +36,6 @@ PACKAGES: dict[str, str] = {
 """Package -> what is lost without it, and what to do."""
 OPTIONAL_PACKAGES: dict[str, str] = {
     "triton": "no fast path on a GPU; comes with PyTorch's CUDA build for Linux, or pip install triton",
-    "vector-quantize-pytorch": "no FSQ, LFQ, SimVQ and residual quantizers; pip install 'trellis-vqvae[quantizers]'",
     "nilearn": "the quickstart's cohort cannot be built; pip install 'trellis-vqvae[quickstart]'",
     "pytest": "the tests cannot run; bash scripts/run_tests.sh installs it",
 }
@@ -45,7 +44,24 @@ PROBES: dict[str, str] = {
     "attention": "window attention against a plain softmax",
     "tsdf": "a box to its TSDF, against the exact distance",
 }
+REPAIRS: dict[str, dict[str, str]] = {
+    "convolution": {
+        "cpu": "pip install --force-reinstall torch numpy",
+        "cuda": "pip install --force-reinstall torch from the index for your driver (pytorch.org), with its Triton",
+    },
+    "attention": {
+        "cpu": "pip install --force-reinstall torch",
+        "cuda": "pip install --force-reinstall torch from the index for your driver (pytorch.org)",
+    },
+    "tsdf": {
+        "cpu": "pip install --force-reinstall warp-lang",
+        "cuda": "pip install -U warp-lang and update the NVIDIA driver to what it asks for",
+    },
+}
+"""What to do where a probe fails, by the kind of device."""
 PROBE_TIMEOUT_S = 180.0
+OUTPUT_END = 200
+"""Characters of a child's output that are shown where they are not the answer."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +174,10 @@ def numbers_of(version: str) -> list[int]:
 
 def find_devices(*, timeout_s: float) -> tuple[list[str], list[Finding]]:
     """Device names to probe ("cpu", "cuda:0", ...) and what PyTorch and Warp say of them."""
-    answer = _run_child(["devices", "cpu"], timeout_s)
+    answer = _run_child(["devices", "cpu"], timeout_s, "gpus")
     if isinstance(answer, str):
-        return ["cpu"], [Finding("PyTorch", answer, ok=False, advice="import torch fails here; reinstall PyTorch")]
+        advice = f"pip install --force-reinstall torch; {_whole_error('devices', 'cpu')}"
+        return ["cpu"], [Finding("PyTorch", answer, ok=False, advice=advice)]
     devices, found = ["cpu"], []
     found.append(Finding("cpu", f"PyTorch {answer['torch']}, {answer['threads']} threads"))
     for i, gpu in enumerate(answer["gpus"]):
@@ -184,31 +201,41 @@ def find_devices(*, timeout_s: float) -> tuple[list[str], list[Finding]]:
 def run_probe(probe: str, device: str, *, timeout_s: float = PROBE_TIMEOUT_S, essential: bool = True) -> Finding:
     """Run one of `PROBES` on a device in a process of its own."""
     start = time.monotonic()
-    answer = _run_child([probe, device], timeout_s)
+    answer = _run_child([probe, device], timeout_s, "detail")
     if isinstance(answer, str):
-        advice = f"{PROBES.get(probe, probe)} failed on {device}: see the line above"
+        advice = f"{REPAIRS[probe][device.split(':')[0]]}; {_whole_error(probe, device)}"
         if device != "cpu":
             advice += "; --device cpu works without it"
         return Finding(probe, answer, ok=False, essential=essential, advice=advice)
     return Finding(probe, f"{answer['detail']} ({time.monotonic() - start:.1f} s with start-up)", essential=essential)
 
 
-def _run_child(arguments: list[str], timeout_s: float) -> dict | str:
-    """The JSON that a child process prints as its last line, or one line on how it failed."""
+def _whole_error(probe: str, device: str) -> str:
+    return f"python -m trellis.doctor_probes {probe} {device} shows the whole error"
+
+
+def _run_child(arguments: list[str], timeout_s: float, key: str) -> dict | str:
+    """The JSON object with `key` that a child process prints as its last line, or one line on how it failed."""
     command = [sys.executable, "-m", "trellis.doctor_probes", *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=timeout_s, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return f"hangs: no answer within {timeout_s:.0f} s"
+        return f"hangs: no answer within {timeout_s:.0f} s (--timeout-s waits longer)"
     if done.returncode < 0:
         return f"crashes: ended by {signal.Signals(-done.returncode).name}"
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         errors = [line for line in done.stderr.strip().splitlines() if line.strip()]
         return f"fails: {errors[-1].strip() if errors else f'exit status {done.returncode}'}"
-    return json.loads(lines[-1])
+    try:
+        answer = json.loads(lines[-1])
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or key not in answer:
+        return f"fails: its output does not end with an answer but with: {' | '.join(lines)[-OUTPUT_END:]}"
+    return answer
 
 
 def as_text(report: Report) -> str:

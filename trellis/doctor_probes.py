@@ -67,14 +67,14 @@ def convolution(device: str) -> dict[str, Any]:
     for dtype in _dtypes(device):
         got = run(functional.submanifold_conv3d, moved, dtype, device)
         worst[_name(dtype)] = max(_relative_error(a, b) for a, b in zip(got, expected))
-    return {"detail": f"backend {backend}, {_judge(worst, device)}"}
+    return {"detail": f"backend {backend}; {_judge(worst, device)}"}
 
 
 def attention(device: str) -> dict[str, Any]:
     """The window attention layer against a softmax over each window in float64."""
     import torch
 
-    from trellis.modules.sparse.attention import WindowAttention
+    from trellis.modules.sparse.attention import WindowAttention, takes_varlen
     from trellis.modules.sparse.levels import Topology
 
     generator = torch.Generator().manual_seed(0)
@@ -94,11 +94,13 @@ def attention(device: str) -> dict[str, Any]:
         mixed = torch.einsum("hij,jhd->ihd", weights, v).reshape(300, channels)
         expected = mixed @ layer.to_out.weight.double().T + layer.to_out.bias.double()
         layer.to(device)  # its weights stay float32 and are cast to the dtype of the activations
-        worst = {}
+        worst, backends = {}, []
         for dtype in _dtypes(device):
-            got = layer(feats.to(device, dtype), Topology(coords.to(device)))
-            worst[_name(dtype)] = _relative_error(got.cpu().double(), expected)
-    return {"detail": _judge(worst, device)}
+            x = feats.to(device, dtype)
+            worst[_name(dtype)] = _relative_error(layer(x, Topology(coords.to(device))).cpu().double(), expected)
+            varlen = takes_varlen(x.device, dtype, channels // heads)
+            backends.append(f"{'varlen' if varlen else 'padded SDPA'} in {_name(dtype)}")
+    return {"detail": f"backend {', '.join(backends)}; {_judge(worst, device)}"}
 
 
 def tsdf(device: str) -> dict[str, Any]:

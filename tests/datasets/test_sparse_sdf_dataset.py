@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from trellis.datasets.crop import crop_generator, draw_crop
+from trellis.datasets.crop import _counts_with_neighbours, crop_generator, draw_crop
 from trellis.datasets.sparse_sdf import SparseSDF, active_counts, collate, level_sizes
 from trellis.utils.blocks import SparseSDFBlocks, block_voxel_offsets, c_to_morton_permutation, morton_order
 from trellis.utils.io_utils import save_sparse_sdf
@@ -189,6 +189,38 @@ def test_sides_that_are_not_cut_keep_their_loss():
     assert len(kept) == 10 and np.array_equal(kept, np.arange(kept[0], kept[0] + 10))
     silent = set(np.flatnonzero(~crop.loss))
     assert silent == {int(i) for i in (kept[0], kept[-1]) if i not in (0, 19)}
+
+
+def cube_of_blocks(side: int) -> np.ndarray:
+    return np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3).astype(np.int16)
+
+
+def test_a_budget_for_few_blocks_still_leaves_one_with_loss_and_none_on_the_rim():
+    """Of a full cube only the corners fit with their neighbours: 8 blocks, where others need 12, 18 or 27."""
+    index, counts = cube_of_blocks(6), np.full(216, 100)
+    for seed in range(30):
+        crop = draw_crop(index, counts, 1000, np.random.default_rng(seed))
+        kept = {tuple(block) for block in index[crop.keep]}
+        assert 100 * len(kept) <= 1000 and crop.loss[crop.keep].any()
+        for block in index[crop.keep & crop.loss]:
+            around = {tuple(b) for b in index if np.abs(b - block).max() <= 1}
+            assert around <= kept
+    with pytest.raises(ValueError, match=r"max_points must be at least 800, .*; got 799"):
+        draw_crop(index, counts, 799, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_with_neighbours_against_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    index = cube_of_blocks(7)[rng.random(343) < 0.3].astype(np.int64) + rng.integers(0, 50, 3)
+    counts = rng.integers(1, 512, len(index))
+    near = np.abs(index[:, None] - index).max(axis=-1) <= 1
+    np.testing.assert_array_equal(_counts_with_neighbours(index, counts), near @ counts)
+
+
+def test_a_shape_that_no_crop_fits_is_refused_by_name(root):
+    with pytest.raises(ValueError, match=r"bb_r64\.npz: max_points must be at least \d+, .*; got 512"):
+        SparseSDF(root, resolution=64, max_points=512)[1]
 
 
 def test_crops_depend_on_seed_epoch_and_id_alone(root):

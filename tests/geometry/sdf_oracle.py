@@ -10,48 +10,53 @@ IN_BAND_TOLERANCE = 0.01  # voxels; float16 alone takes up to 0.001
 SIGN_TOLERANCE = 0.001  # voxels
 
 
-def oracle_distance(points, vertices, faces, chunk=2_000_000):
+def _dot(u, w):
+    return u[0] * w[0] + u[1] * w[1] + u[2] * w[2]
+
+
+def _cross(u, w):
+    return np.stack([u[1] * w[2] - u[2] * w[1], u[2] * w[0] - u[0] * w[2], u[0] * w[1] - u[1] * w[0]])
+
+
+def oracle_distance(points, vertices, faces, chunk=1 << 14):
     """Unsigned distance [N] of points to all triangles, float64: plane where the foot is inside, else the edges."""
-    a, b, c = (vertices[faces[:, i]] for i in range(3))
-    normal = np.cross(b - a, c - a)
-    area2 = (normal**2).sum(-1)
+    a, b, c = (vertices[faces[:, i]].T[:, None] for i in range(3))  # each [3, 1, F]
+    normal = _cross(b - a, c - a)
+    area2 = _dot(normal, normal)
+    edges = [(u, w - u, _cross(normal, w - u)) for u, w in ((a, b), (b, c), (c, a))]
     out = np.empty(len(points))
     step = max(1, chunk // len(faces))
-
-    def to_segment(p, u, w):
-        d = w - u
-        t = np.clip(((p - u) * d).sum(-1) / np.maximum((d * d).sum(-1), 1e-300), 0, 1)
-        return ((p - u - t[..., None] * d) ** 2).sum(-1)
-
     for start in range(0, len(points), step):
-        p = points[start : start + step, None, :]
-        best = np.minimum(np.minimum(to_segment(p, a, b), to_segment(p, b, c)), to_segment(p, c, a))
-        inside = np.ones(best.shape, dtype=bool)
-        for u, w in ((a, b), (b, c), (c, a)):
-            inside &= (np.cross(w - u, p - u) * normal).sum(-1) >= 0
-        height = ((p - a) * normal).sum(-1) ** 2 / np.maximum(area2, 1e-300)
-        best = np.where(inside & (area2 > 0), height, best)
-        out[start : start + step] = np.sqrt(best.min(axis=1))
+        p = points[start : start + step].T[:, :, None]
+        best, above = np.inf, area2 > 0
+        for u, d, inward in edges:
+            to_p = p - u
+            rest = to_p - np.clip(_dot(to_p, d) / np.maximum(_dot(d, d), 1e-300), 0, 1) * d
+            best = np.minimum(best, _dot(rest, rest))
+            above = above & (_dot(to_p, inward) >= 0)
+        height = _dot(p - a, normal) ** 2 / np.maximum(area2, 1e-300)
+        out[start : start + step] = np.sqrt(np.where(above, height, best).min(axis=1))
     return out
 
 
-def oracle_winding(points, vertices, faces, chunk=2_000_000):
+def oracle_winding(points, vertices, faces, chunk=1 << 14):
     """Generalised winding number [N], float64, the sum of signed solid angles (Van Oosterom and Strackee 1983)."""
+    corners = [vertices[faces[:, i]].T[:, None] for i in range(3)]
     out = np.empty(len(points))
     step = max(1, chunk // len(faces))
     for start in range(0, len(points), step):
-        a, b, c = (vertices[faces[:, i]] - points[start : start + step, None, :] for i in range(3))
-        la, lb, lc = (np.sqrt((x**2).sum(-1)) for x in (a, b, c))
-        top = (a * np.cross(b, c)).sum(-1)
-        bottom = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
-        out[start : start + step] = np.arctan2(top, bottom).sum(axis=1) / (2 * np.pi)
+        a, b, c = (corner - points[start : start + step].T[:, :, None] for corner in corners)
+        la, lb, lc = (np.sqrt(_dot(x, x)) for x in (a, b, c))
+        bottom = la * lb * lc + _dot(a, b) * lc + _dot(b, c) * la + _dot(c, a) * lb
+        out[start : start + step] = np.arctan2(_dot(a, _cross(b, c)), bottom).sum(axis=1) / (2 * np.pi)
     return out
 
 
-def block_voxels(blocks):
-    """Integer coordinates [M * 512, 3] and stored values [M * 512] of all voxels of all blocks."""
-    coords = (blocks.block_index.astype(np.int64)[:, None, :] * 8 + block_voxel_offsets()).reshape(-1, 3)
-    return coords, blocks.block_sdf.reshape(-1).astype(np.float64)
+def block_voxels(blocks, rows=None):
+    """Integer coordinates [N, 3] and stored values [N] of all voxels of all blocks, or of the rows [N] of these."""
+    rows = np.arange(blocks.num_blocks * 512) if rows is None else rows
+    coords = blocks.block_index[rows // 512].astype(np.int64) * 8 + block_voxel_offsets()[rows % 512]
+    return coords, blocks.block_sdf.reshape(-1)[rows].astype(np.float64)
 
 
 def assert_matches(coords, values, distance_voxels, inside, band=4):

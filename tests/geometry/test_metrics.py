@@ -9,6 +9,7 @@ import pytest
 import scipy.ndimage
 import trimesh
 
+from trellis.geometry import metrics
 from trellis.geometry.metrics import (
     dice_blocks,
     euler_and_open_edges,
@@ -202,6 +203,18 @@ def test_directions_differ_and_the_worse_one_counts():
     assert swapped["hd_mm"] == row["hd_mm"] and swapped["dice"] < 1
 
 
+@pytest.mark.parametrize("chunk", [1 << 17, 1000])
+def test_one_vertex_of_many_is_the_farthest(chunk, monkeypatch):
+    """A needle of one vertex among 10,242, on either surface: samples and a choice of vertices would miss it."""
+    monkeypatch.setattr(metrics, "_CHUNK_POINTS", chunk)
+    plain = ball(20.0, subdivisions=5)
+    needle = (plain[0].copy(), plain[1])
+    needle[0][7777] *= 1.25
+    for pred, truth in ((needle, plain), (plain, needle)):
+        row = evaluate_pair(pred, truth, 32, num_samples=50)
+        assert row["hd_mm"] == pytest.approx(5, abs=1e-6) and row["assd_mm"] < 0.1
+
+
 def test_agrees_with_voxels_and_a_euclidean_distance_transform():
     """Independent implementation: dense masks from solid angles, surface distances from scipy's EDT."""
     truth, pred = blob(7, 1), blob(8, 1)
@@ -382,10 +395,20 @@ def test_summary_bootstraps_over_patients():
 def test_summary_of_missing_and_bad_values():
     rows = [{"dice": 0.5, "hd_mm": None}, {"dice": 0.7, "hd_mm": 2.0}]
     summary = summarise(rows)
-    assert summary["n_patients"] == 2 and summary["hd_mm"]["n"] == 1 and summary["hd_mm"]["ci_low"] == 2
+    assert summary["n_patients"] == 2 and summary["hd_mm"]["n"] == 1 and summary["hd_mm"]["mean"] == 2
+    assert summary["dice"]["ci_low"] == 0.5 and summary["dice"]["ci_high"] == 0.7
     assert summarise([]) == {"n": 0, "n_patients": 0}
     with pytest.raises(ValueError, match="row 1: dice must be finite"):
         summarise([{"dice": 0.5}, {"dice": float("nan")}])
+
+
+def test_one_patient_alone_has_no_interval():
+    rows = [{"patient_id": "p", "dice": 0.5}, {"patient_id": "p", "dice": 0.7}]
+    other = {"patient_id": "q", "dice": 0.9, "hd_mm": 3.0}
+    found = summarise([*rows, other])
+    assert found["dice"]["ci_low"] < found["dice"]["mean"] < found["dice"]["ci_high"]
+    for figures in (summarise(rows)["dice"], found["hd_mm"]):
+        assert figures["ci_low"] is None and figures["ci_high"] is None and figures["p05"] <= figures["p95"]
 
 
 def test_bits_count_codes_and_octree():

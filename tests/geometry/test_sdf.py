@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import trimesh
-from sdf_oracle import SIGN_TOLERANCE, assert_matches, block_voxels, oracle_distance, oracle_winding
+from sdf_oracle import IN_BAND_TOLERANCE, SIGN_TOLERANCE, assert_matches, block_voxels, oracle_distance, oracle_winding
 
 from trellis.geometry.isosurface import extract_mesh
 from trellis.geometry.sdf import mesh_to_sparse_sdf
@@ -18,23 +18,30 @@ from trellis.utils.blocks import BlockLookup, morton_encode
 from trellis.utils.mesh_repair import clean_mesh
 
 
+def active_in_truth(distance, band):
+    return np.abs((distance / band).clip(max=2).astype(np.float16)) < 1
+
+
 def check_against_oracle(vertices, faces, resolution, *, sample=None, band=4, **options):
-    """Values on all block voxels (or a sample); and, without a sample, the block list against the whole grid."""
+    """Values of all block voxels and the block list of the whole grid; or of a sample, and blocks at voxels near."""
     blocks = mesh_to_sparse_sdf(vertices, faces, resolution, band_voxels=band, **options)
-    coords, values = block_voxels(blocks)
-    if sample is not None:
-        pick = np.random.default_rng(0).choice(len(coords), min(sample, len(coords)), replace=False)
-        coords, values = coords[pick], values[pick]
     v = world_to_grid(vertices, blocks.to_world)
     if sample is None:
+        coords, values = block_voxels(blocks)
         grid = np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3)
         distance = oracle_distance(voxel_centres(grid, resolution), v, faces) * resolution
-        active = np.abs((distance / band).clip(max=2).astype(np.float16)) < 1
-        needed = np.unique(morton_encode(grid[active] // 8))
+        needed = np.unique(morton_encode(grid[active_in_truth(distance, band)] // 8))
         assert np.array_equal(needed, morton_encode(blocks.block_index.astype(np.int64)))
         distance = distance[np.ravel_multi_index(coords.T, (resolution,) * 3)]
     else:
+        rng = np.random.default_rng(0)
+        coords, values = block_voxels(blocks, rng.choice(blocks.num_blocks * 512, sample, replace=False))
         distance = oracle_distance(voxel_centres(coords, resolution), v, faces) * resolution
+        on_surface = np.einsum("nk,nkj->nj", rng.dirichlet([1, 1, 1], sample), v[rng.choice(faces, sample)])
+        near = np.floor((on_surface + 0.5) * resolution + rng.uniform(-band, band, (sample, 3))).astype(np.int64)
+        near = near[((near >= 0) & (near < resolution)).all(axis=1)]
+        needed = active_in_truth(oracle_distance(voxel_centres(near, resolution), v, faces) * resolution, band)
+        assert needed.any() and (BlockLookup(blocks.block_index).find(near[needed] // 8) >= 0).all()
     inside = oracle_winding(voxel_centres(coords, resolution), v, faces) > 0.5
     assert_matches(coords, values, distance, inside, band)
     assert (values < 0).any() and (values > 0).any()
@@ -49,7 +56,7 @@ def asymmetric_blob(subdivisions=2):
     return np.asarray(v * radius[:, None] * [30, 18, 11] + [5, -70, 400]), np.asarray(mesh.faces)
 
 
-@pytest.mark.parametrize("resolution", [32, 40])
+@pytest.mark.parametrize("resolution", [32, 40, 64])
 def test_every_voxel_and_the_block_list_match_the_oracle(resolution):
     vertices, faces = asymmetric_blob(1)
     blocks = check_against_oracle(vertices, faces, resolution)
@@ -87,48 +94,66 @@ def test_many_triangles_per_voxel_and_few(resolution):
     check_against_oracle(vertices, faces, resolution, sample=150)
 
 
-def test_box_is_exact_everywhere():
+@pytest.mark.parametrize("resolution", [512, 1024])
+def test_high_resolutions_match_the_oracle(resolution):
+    mesh = trimesh.creation.torus(1.0, 0.3, major_sections=24, minor_sections=12)
+    vertices = np.asarray(mesh.vertices) @ trimesh.transformations.rotation_matrix(0.7, [1, 2, 3])[:3, :3].T
+    check_against_oracle(vertices, np.asarray(mesh.faces), resolution, sample=4000)
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 512])
+def test_box_is_exact_everywhere(resolution):
     mesh = trimesh.creation.box([20.0, 10.0, 5.0])
-    resolution = 128
     blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, resolution)
-    coords, values = block_voxels(blocks)
     half = np.array([20.0, 10.0, 5.0]) / 20 * 0.95 / 2
-    q = np.abs(voxel_centres(coords, resolution)) - half
-    outside = np.sqrt((np.maximum(q, 0) ** 2).sum(-1))
-    signed = (outside + np.minimum(q.max(-1), 0)) * resolution
-    assert_matches(coords, values, np.abs(signed), signed < 0)
+    rows = np.arange(blocks.num_blocks * 512)
+    for part in np.array_split(rows, 1 + len(rows) // 2**20):
+        coords, values = block_voxels(blocks, part)
+        q = np.abs(voxel_centres(coords, resolution)) - half
+        outside = np.sqrt((np.maximum(q, 0) ** 2).sum(-1))
+        signed = (outside + np.minimum(q.max(-1), 0)) * resolution
+        assert_matches(coords, values, np.abs(signed), signed < 0)
 
 
-@pytest.mark.parametrize("shape", ["sphere", "torus", "capsule"])
-def test_fine_meshes_match_the_analytic_distance(shape):
+def torus_distance(p):
+    return np.hypot(np.hypot(p[:, 0], p[:, 1]) - 1.0, p[:, 2]) - 0.4
+
+
+def capsule_distance(p):
+    return np.linalg.norm(p - np.clip(p, [0, 0, -1], [0, 0, 1]), axis=1) - 0.5
+
+
+def capsule_mesh():
+    mesh = trimesh.creation.capsule(height=2.0, radius=0.5, count=[800, 800])
+    mesh.vertices -= mesh.bounds.mean(axis=0)
+    return mesh
+
+
+@pytest.mark.parametrize(
+    ("mesh", "signed"),
+    [
+        (lambda: trimesh.creation.icosphere(subdivisions=7), lambda p: np.linalg.norm(p, axis=1) - 1),
+        (lambda: trimesh.creation.torus(1.0, 0.4, major_sections=800, minor_sections=400), torus_distance),
+        (capsule_mesh, capsule_distance),
+    ],
+    ids=["sphere", "torus", "capsule"],
+)
+def test_fine_meshes_match_the_analytic_distance(mesh, signed):
+    """Every voxel of every block, and no block missing; the meshes themselves are off by at most 0.0005 voxel."""
     resolution = 64
-    if shape == "sphere":
-        mesh = trimesh.creation.icosphere(subdivisions=5)
-
-        def signed(p):
-            return np.linalg.norm(p, axis=1) - 1
-    elif shape == "torus":
-        mesh = trimesh.creation.torus(1.0, 0.4, major_sections=300, minor_sections=150)
-
-        def signed(p):
-            return np.hypot(np.hypot(p[:, 0], p[:, 1]) - 1.0, p[:, 2]) - 0.4
-    else:
-        mesh = trimesh.creation.capsule(height=2.0, radius=0.5, count=[200, 200])
-        middle = (mesh.vertices.max(0) + mesh.vertices.min(0)) / 2
-        mesh.vertices -= middle
-
-        def signed(p):
-            q = p.copy()
-            q[:, 2] -= np.clip(q[:, 2], -1, 1)
-            return np.linalg.norm(q, axis=1) - 0.5
-
+    mesh = mesh()
     blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, resolution)
+
+    def expected_at(coords):
+        return signed(grid_to_world(voxel_centres(coords, resolution), blocks.to_world)) / blocks.to_world[0, 0] * 64
+
     coords, values = block_voxels(blocks)
-    world = grid_to_world(voxel_centres(coords, resolution), blocks.to_world)
-    expected = signed(world) / blocks.to_world[0, 0] * resolution
-    error = np.abs(values * 4 - np.clip(expected, -4, 4))
-    assert error.max() < 0.02  # the meshes themselves are off by up to 0.01 voxel
-    assert ((values < 0) == (expected < 0))[np.abs(expected) > 0.02].all()
+    expected = expected_at(coords)
+    assert np.abs(values * 4 - np.clip(expected, -4, 4)).max() < IN_BAND_TOLERANCE
+    assert ((values < 0) == (expected < 0))[np.abs(expected) > SIGN_TOLERANCE].all()
+    grid = np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    needed = grid[np.abs(expected_at(grid)) < 4 - IN_BAND_TOLERANCE]
+    assert (BlockLookup(blocks.block_index).find(needed // 8) >= 0).all()
 
 
 def test_nested_shell_is_a_cavity_and_self_intersection_is_filled():
@@ -239,8 +264,8 @@ def test_two_million_triangles():
     blocks = mesh_to_sparse_sdf(vertices, faces, 64)
     coords, values = block_voxels(blocks)
     p = grid_to_world(voxel_centres(coords, 64), blocks.to_world)
-    expected = (np.hypot(np.hypot(p[:, 0], p[:, 1]) - 1.0, p[:, 2]) - 0.4) / blocks.to_world[0, 0] * 64
-    assert np.abs(values * 4 - np.clip(expected, -4, 4)).max() < 0.01
+    expected = torus_distance(p) / blocks.to_world[0, 0] * 64
+    assert np.abs(values * 4 - np.clip(expected, -4, 4)).max() < IN_BAND_TOLERANCE
     assert ((values < 0) == (expected < 0))[np.abs(expected) > SIGN_TOLERANCE].all()
 
 

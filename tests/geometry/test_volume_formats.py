@@ -1,4 +1,4 @@
-"""One label volume through every format and orientation: its meshes lie in the same place in world mm."""
+"""Volume files: layers, names and masks, what is written, units, thresholds, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from volume_cases import ORIENTATIONS, SHEARED, itk_image, labels, save, write_nrrd
 
 from trellis.geometry.volume import (
     IntensityVolume,
-    LabelVolume,
-    label_surfaces,
     labels_of,
     parse_threshold,
     read_intensity,
@@ -19,165 +18,11 @@ from trellis.geometry.volume import (
     threshold_surface,
     write_label_volume,
 )
-from trellis.utils.mesh_utils import read_mesh, write_mesh
-
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-def rotation(degrees: float, axis: tuple[float, float, float]) -> np.ndarray:
-    """Rodrigues' formula."""
-    k = np.array(axis) / np.linalg.norm(axis)
-    cross = np.array([[0, -k[2], k[1]], [k[2], 0, -k[0]], [-k[1], k[0], 0]])
-    angle = np.radians(degrees)
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-
-
-def affine_of(matrix: np.ndarray, spacing: tuple, origin: tuple) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = matrix * spacing
-    affine[:3, 3] = origin
-    return affine
-
-
-ORIENTATIONS = {
-    "anisotropic": affine_of(np.eye(3), (0.7, 0.9, 2.5), (-12, 34, 56.5)),
-    "left-handed": affine_of(np.diag([-1.0, 1, 1]), (1, 1, 2), (40, -20, 5)),
-    "permuted": affine_of(np.eye(3)[:, [2, 0, 1]], (1.5, 1, 0.8), (-3, 2, 1)),
-    "oblique": affine_of(rotation(25, (1, 2, 3)), (0.8, 0.8, 2.0), (10, -90, 33)),
-    "oblique left-handed": affine_of(rotation(-40, (3, -1, 1)) @ np.diag([1.0, 1, -1]), (1, 1.2, 1.4), (0, 0, -700)),
-}
-SHEARED = np.array([[1.1, 0.3, 0, -20], [0.05, 0.9, 0.2, 31], [0, -0.1, 2.0, 7], [0, 0, 0, 1.0]])
-
-
-def labels() -> np.ndarray:
-    x, y, z = np.meshgrid(*[np.arange(n) for n in (14, 12, 9)], indexing="ij")
-    data = np.zeros(x.shape, dtype=np.uint8)
-    data[(x - 5) ** 2 + 1.3 * (y - 6) ** 2 + 1.7 * (z - 4) ** 2 < 15] = 2
-    data[(x > 8) & (y > 3) & (y < 9) & (z > 2)] = 5
-    return data
-
-
-def itk_image(data: np.ndarray, affine: np.ndarray):
-    """Built by hand, apart from the code under test."""
-    import SimpleITK
-
-    lps = LPS @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    flipped = np.ascontiguousarray(np.moveaxis(data, (0, 1, 2), (2, 1, 0)))
-    image = SimpleITK.GetImageFromArray(flipped, isVector=data.ndim > 3)
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((lps[:3, :3] / spacing).reshape(-1).tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    return image
-
-
-def save(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    import nibabel
-    import SimpleITK
-
-    if path.name.endswith((".nii", ".nii.gz")):
-        image = nibabel.Nifti1Image(data, affine)
-        image.set_sform(affine, 1)
-        nibabel.save(image, path)
-    elif path.suffix == ".mgz":
-        nibabel.save(nibabel.MGHImage(data.astype(np.int32), affine), path)
-    elif path.suffix == ".npz":
-        np.savez(path, volume=data, affine=affine)
-    else:
-        SimpleITK.WriteImage(itk_image(data, affine), str(path))
-
-
-def world_by_hand(affine: np.ndarray) -> dict[int, np.ndarray]:
-    """Vertices of the same surfaces made on a plain grid and moved by the affine."""
-    plain = label_surfaces(LabelVolume(labels(), np.eye(4)))
-    return {label: v @ affine[:3, :3].T + affine[:3, 3] for label, (v, _) in plain.items()}
 
 
 def signed_volume(vertices: np.ndarray, faces: np.ndarray) -> float:
     a, b, c = np.moveaxis(vertices[faces], 1, 0)
     return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("suffix", ["nii.gz", "mgz", "nrrd", "nhdr", "mha", "mhd", "npz"])
-def test_meshes_lie_where_the_voxels_lie(tmp_path: Path, suffix: str, orientation: str):
-    affine = ORIENTATIONS[orientation]
-    path = tmp_path / f"labels.{suffix}"
-    save(path, labels(), affine)
-    volume = read_volume(path)
-    np.testing.assert_array_equal(volume.data, labels())
-    np.testing.assert_allclose(volume.affine, affine, atol=1e-4)
-    expected = world_by_hand(affine)
-    for label, (vertices, faces) in label_surfaces(volume).items():
-        np.testing.assert_allclose(vertices, expected[label], atol=1e-3)
-        assert signed_volume(vertices, faces) > 0
-    stl = tmp_path / "shape.stl"
-    write_mesh(stl, *label_surfaces(volume)[5])
-    back = read_mesh(stl)
-    a, b = back.vertices, expected[5]
-    np.testing.assert_allclose([a.min(0), a.max(0), a.mean(0)], [b.min(0), b.max(0), b.mean(0)], atol=1e-3)
-    raw = np.frombuffer(stl.read_bytes()[84:], dtype=[("n", "<f4", 3), ("v", "<f4", (3, 3)), ("a", "<u2")])["v"]
-    slicer = raw.reshape(-1, 3).astype(float)  # a file tagged LPS: 3D Slicer turns it into RAS
-    np.testing.assert_allclose(slicer.min(0), [-b.max(0)[0], -b.max(0)[1], b.min(0)[2]], atol=1e-3)
-
-
-@pytest.mark.parametrize("suffix", ["nii", "npz", "nrrd"])
-def test_sheared_grids_keep_their_shear(tmp_path: Path, suffix: str):
-    path = tmp_path / f"labels.{suffix}"
-    if suffix == "nrrd":
-        lps = LPS @ SHEARED
-        vectors = " ".join(f"({','.join(f'{x:.9g}' for x in column)})" for column in lps[:3, :3].T)
-        header = (
-            f"NRRD0004\ntype: uchar\ndimension: 3\nspace: left-posterior-superior\nsizes: 14 12 9\n"
-            f"space directions: {vectors}\nkinds: domain domain domain\nencoding: raw\n"
-            f"space origin: ({','.join(f'{x:.9g}' for x in lps[:3, 3])})\n\n"
-        )
-        path.write_bytes(header.encode() + labels().tobytes(order="F"))
-    else:
-        save(path, labels(), SHEARED)
-    volume = read_volume(path)
-    np.testing.assert_array_equal(volume.data, labels())
-    np.testing.assert_allclose(volume.affine, SHEARED, atol=1e-5)
-    for label, (vertices, _) in label_surfaces(volume).items():
-        np.testing.assert_allclose(vertices, world_by_hand(SHEARED)[label], atol=1e-3)
-
-
-@pytest.mark.parametrize("orientation", ["oblique", "left-handed"])
-def test_dicom_series(tmp_path: Path, orientation: str):
-    import SimpleITK
-
-    affine = ORIENTATIONS[orientation]
-    image = itk_image(labels().astype(np.int16), affine)
-    direction = image.GetDirection()
-    writer = SimpleITK.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    if np.linalg.det(affine[:3, :3]) < 0:  # DICOM's slice axis is the cross product: turn the stack around
-        image = image[:, :, ::-1]
-        direction = image.GetDirection()
-    for i in range(image.GetDepth()):
-        part = image[:, :, i]
-        where = image.TransformIndexToPhysicalPoint((0, 0, i))
-        for key, value in {
-            "0008|0060": "CT", "0020|000e": "1.2.826.0.1.3680043.2.1125.1", "0020|000d": "1.2.826.0.1.3680043.2.1125.2",
-            "0008|0018": f"1.2.826.0.1.3680043.2.1125.3.{i}", "0020|0013": str(i),
-            "0020|0032": "\\".join(map(str, where)),
-            "0020|0037": "\\".join(str(direction[k]) for k in (0, 3, 6, 1, 4, 7)),
-            "0018|0050": str(image.GetSpacing()[2]),
-        }.items():  # fmt: skip
-            part.SetMetaData(key, value)
-        writer.SetFileName(str(tmp_path / f"{(7 * i) % 9}.dcm"))  # file names in another order than the slices
-        writer.Execute(part)
-    volume = read_volume(tmp_path)
-    expected = world_by_hand(affine)
-    for label, (vertices, faces) in label_surfaces(volume).items():
-        assert len(vertices) == len(expected[label])
-        found = vertices[np.lexsort(np.round(vertices, 1).T)].mean(0), vertices.min(0), vertices.max(0)
-        wanted = expected[label].mean(0), expected[label].min(0), expected[label].max(0)
-        np.testing.assert_allclose(found, wanted, atol=1e-2)
-        assert signed_volume(vertices, faces) > 0
-    (tmp_path / "4.dcm").unlink()
-    with pytest.raises(ValueError, match="evenly spaced.*one is missing"):
-        read_volume(tmp_path)
 
 
 def test_a_folder_without_slices_is_refused(tmp_path: Path):
@@ -232,6 +77,37 @@ def test_one_layer_segmentation_names(tmp_path: Path):
     assert read_volume(tmp_path / "a.seg.nrrd").names == {5: "aorta"}
 
 
+@pytest.mark.parametrize(("name", "code"), [("a.nii.gz", 0), ("a.nii", 30)])
+def test_names_in_a_nifti_header_as_totalsegmentator_writes(tmp_path: Path, name: str, code: int):
+    import nibabel
+
+    table = (
+        '<?xml version="1.0" encoding="UTF-8"?> <CaretExtension>  <Date><![CDATA[2013-07-14T05:45:09]]></Date>   '
+        '<VolumeInformation Index="0">   <LabelTable>\n'
+        '<Label Key="2" Red="1.0" Green="0.0" Blue="0.0" Alpha="1"><![CDATA[kidney_right]]></Label>\n'
+        '<Label Key="5" Red="0.0" Green="1.0" Blue="0.0" Alpha="1"><![CDATA[aorta]]></Label>\n\n'
+        "  </LabelTable>  <StudyMetaDataLinkSet>  </StudyMetaDataLinkSet>  <VolumeType><![CDATA[Label]]></VolumeType>"
+        "   </VolumeInformation></CaretExtension>\n              "
+    )
+
+    def write(*contents: bytes) -> None:
+        image = nibabel.Nifti1Image(labels(), SHEARED)
+        image.set_sform(SHEARED, 1)
+        for content in contents:
+            image.header.extensions.append(nibabel.nifti1.Nifti1Extension(code, content))
+        nibabel.save(image, tmp_path / name)
+
+    write(b"something else", table.encode())
+    for volume in (read_volume(tmp_path / name), *read_label_layers(tmp_path / name)):
+        assert volume.names == {2: "kidney_right", 5: "aorta"} and volume.notes == ()
+    np.testing.assert_array_equal(volume.data, labels())
+    np.testing.assert_allclose(volume.affine, SHEARED, atol=1e-6)
+    write(table.replace("<CaretE", "<!DOCTYPE x [<!ENTITY y 'z'>]><CaretE").encode())
+    volume = read_volume(tmp_path / name)
+    assert volume.names == {}
+    assert volume.notes == ("the label table in the header's extension is not used: a document type is refused",)
+
+
 def test_folder_of_masks_as_totalsegmentator_writes(tmp_path: Path):
     data = labels()
     for name, mask in {"aorta": data == 2, "liver": data == 5, "spleen": data == 99}.items():
@@ -247,6 +123,22 @@ def test_folder_of_masks_as_totalsegmentator_writes(tmp_path: Path):
     save(tmp_path / "moved.nii.gz", (data > 0).astype(np.uint8), np.eye(4))
     with pytest.raises(ValueError, match="moved.nii.gz: lies on another grid than aorta.nii.gz"):
         read_label_layers(tmp_path)
+
+
+def test_a_folder_of_masks_takes_no_more_memory_for_more_masks(tmp_path: Path):
+    data = np.zeros((60, 50, 40), dtype=np.uint8)
+    for number in range(40):
+        data[number, 1:-1, 1:-1] = number + 1
+    peaks = []
+    for count in (4, 40):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for value in range(1, count + 1):
+            np.savez(folder / f"m{value:02d}.npz", volume=data == value, affine=np.eye(4))
+        peaks.append(peak_bytes(lambda folder=folder: read_label_layers(folder)))
+        (layer,) = read_label_layers(folder)
+        assert labels_of(layer) == list(range(1, count + 1))
+    assert peaks[1] < 1.2 * peaks[0]  # all held at once: 3.6 times
 
 
 def test_channel_stacked_masks(tmp_path: Path):
@@ -303,6 +195,72 @@ def test_threshold_surface_is_exact_below_a_voxel():
     np.testing.assert_array_equal(np.unique(edges, axis=0), np.unique(edges[:, ::-1], axis=0))
 
 
+def plain_threshold(data: np.ndarray, low: float, high: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """The surface in index space, the whole field in float64 at once."""
+    from vtkmodules.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+    from vtkmodules.vtkCommonDataModel import vtkImageData
+    from vtkmodules.vtkFiltersCore import vtkFlyingEdges3D
+
+    field = data.astype(np.float64) - low
+    field = field if high is None else np.minimum(field, high - data.astype(np.float64))
+    tiny = 1e-6 * np.abs(field).max()
+    field = np.pad(np.where(np.abs(field) < tiny, tiny, field), 1, mode="edge")
+    rim = np.ones(field.shape, dtype=bool)
+    rim[1:-1, 1:-1, 1:-1] = False
+    field[rim] = -np.abs(field[rim])
+    image = vtkImageData()
+    image.SetDimensions(*field.shape)
+    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(field.transpose(2, 1, 0)).ravel(), deep=1))
+    contour = vtkFlyingEdges3D()
+    contour.SetInputData(image)
+    contour.SetValue(0, 0.0)
+    contour.Update()
+    mesh = contour.GetOutput()
+    points = vtk_to_numpy(mesh.GetPoints().GetData()).astype(np.float64) - 1
+    return points, vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).reshape(-1, 3)
+
+
+@pytest.mark.parametrize(("dtype", "scale", "shift"), [
+    (np.int16, 300, -40), (np.uint8, 40, 120), (np.float32, 1e-3, 0), (np.float64, 1e-30, 0), (np.float64, 1e250, 0),
+    (np.float64, 1.0, 1e6),
+])  # fmt: skip
+@pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
+def test_threshold_in_slabs_is_the_threshold_of_the_whole(monkeypatch, dtype, scale: float, shift: float, chunk: int):
+    from scipy import ndimage
+
+    from trellis.geometry import label_surfaces
+
+    monkeypatch.setattr(label_surfaces, "CHUNK_VOXELS", chunk)
+    noise = ndimage.gaussian_filter(np.random.default_rng(3).standard_normal((23, 19, 31)), 1.5)
+    data = (noise / noise.std() * scale + shift).astype(dtype)
+    low, high = float(shift), float(shift + 1.5 * scale)  # many voxels of the integer types lie on the level
+    for order in ("C", "F"):
+        for bounds in ((low, None), (low, high)):
+            vertices, faces = threshold_surface(np.asarray(data, order=order), np.eye(4), *bounds)
+            expected, expected_faces = plain_threshold(data, *bounds)
+            np.testing.assert_array_equal(faces, expected_faces)
+            np.testing.assert_allclose(vertices, expected, atol=1e-5)
+    assert len(faces) > 2000
+
+
+def test_threshold_holds_one_field_in_float32():
+    data = np.zeros((200, 180, 160), dtype=np.int16)
+    data[40:60, 50:70, 60:80] = 100
+    assert peak_bytes(lambda: threshold_surface(data, np.eye(4), 50)) < 9 * data.size  # in float64 at once: 25
+
+
+def peak_bytes(work) -> int:
+    """Largest sum of NumPy's arrays while `work` runs, above what there was."""
+    import tracemalloc
+
+    work()  # imports and caches
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 def test_threshold_at_the_border_and_on_the_level():
     data = np.zeros((4, 5, 6), dtype=np.int16)
     data[:, :, :3] = 100
@@ -331,6 +289,58 @@ def test_threshold_arguments_and_intensity_files(tmp_path: Path):
     save(tmp_path / "ct.nii.gz", data, SHEARED)
     with pytest.raises(ValueError, match="must be finite, got 1"):
         read_intensity(tmp_path / "ct.nii.gz")
+
+
+# units, and spacing that is not there
+
+
+@pytest.mark.parametrize(
+    ("unit", "mm", "note"),
+    [("mm", 1, ""), ("", 1, ""), ("???", 1, ""), ("cm", 10, "cm"), ("m", 1000, "m"), ("um", 1e-3, "um"),
+     ("microns", 1e-3, "microns"), ("µm", 1e-3, "µm"), ("Millimeters", 1, "")],
+)  # fmt: skip
+def test_units_of_nrrd_become_millimetres(tmp_path: Path, unit: str, mm: float, note: str):
+    path = tmp_path / "a.nrrd"
+    write_nrrd(path, labels(), SHEARED, extra=f'space units: "{unit}" "{unit}" "{unit}"', unit_mm=mm)
+    latin = path.read_bytes().replace(unit.encode(), unit.encode("latin-1"))
+    for data in {path.read_bytes(), latin}:
+        path.write_bytes(data)
+        volume = read_volume(path)
+        np.testing.assert_allclose(volume.affine, SHEARED, atol=1e-5)
+        assert volume.notes == ((f"the header's unit is {note}: converted to mm",) if note else ())
+
+
+def test_units_along_axes_and_of_metaimage(tmp_path: Path):
+    head = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 14 12 9\nspacings: 0.1 0.2 0.3\nunits: {}\nencoding: raw\n\n"
+    (tmp_path / "a.nrrd").write_bytes(head.format('"cm" "cm" "cm"').encode() + labels().tobytes(order="F"))
+    np.testing.assert_allclose(read_volume(tmp_path / "a.nrrd").spacing_mm, [1, 2, 3])
+    (tmp_path / "a.nrrd").write_bytes(head.format("cm cm cm").encode() + labels().tobytes(order="F"))
+    with pytest.raises(ValueError, match="a.nrrd: not a readable .nrrd volume: .*trouble parsing units") as caught:
+        read_volume(tmp_path / "a.nrrd")
+    assert "SimpleITK" not in str(caught.value) and "0x" not in str(caught.value)  # the library's files and addresses
+    save(tmp_path / "a.mha", labels(), ORIENTATIONS["oblique"])
+    content = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(content.replace(b"ElementSpacing", b"DistanceUnits = cm\nElementSpacing"))
+    volume = read_volume(tmp_path / "a.mha")
+    np.testing.assert_allclose(volume.affine[:3], ORIENTATIONS["oblique"][:3] * 10, atol=1e-4)
+    assert volume.notes == ("the header's unit is cm: converted to mm",)
+
+
+@pytest.mark.parametrize("units", ['"furlong" "furlong" "furlong"', '"s" "s" "s"', '"mm" "mm" "cm"'])
+def test_units_that_are_not_known_are_refused(tmp_path: Path, units: str):
+    write_nrrd(tmp_path / "a.nrrd", labels(), SHEARED, extra=f"space units: {units}")
+    with pytest.raises(ValueError, match=r"a.nrrd: .*one unit of length is needed, of mm, cm, m and um, got \["):
+        read_volume(tmp_path / "a.nrrd")
+
+
+def test_a_given_spacing_keeps_the_directions_that_a_file_has(tmp_path: Path):
+    affine = ORIENTATIONS["oblique left-handed"]
+    save(tmp_path / "a.mha", labels(), affine)
+    lines = (tmp_path / "a.mha").read_bytes().split(b"\n")
+    (tmp_path / "a.mha").write_bytes(b"\n".join(x for x in lines if not x.startswith(b"ElementSpacing")))
+    with pytest.raises(ValueError, match="no voxel spacing"):
+        read_volume(tmp_path / "a.mha")
+    np.testing.assert_allclose(read_volume(tmp_path / "a.mha", spacing_mm=(1, 1.2, 1.4)).affine, affine, atol=1e-5)
 
 
 # refusals

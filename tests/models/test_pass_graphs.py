@@ -302,8 +302,8 @@ def test_nothing_is_recorded_without_variable_length_attention(heads, capability
     card = torch.device("cuda", 0)
     monkeypatch.setattr(SparseSDFVQVAE, "device", property(lambda self: card))
     monkeypatch.setattr(attention, "_capability", lambda device: capability)
-    for name in ("has_varlen", "has_kernels"):
-        monkeypatch.setattr(ss_vqvae, name, lambda *given: True)
+    monkeypatch.setattr(attention, "has_varlen", lambda: True)
+    monkeypatch.setattr(ss_vqvae, "has_kernels", lambda *given: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model = model_of(num_heads=heads)
     model.set_compute_dtype(torch.float16)

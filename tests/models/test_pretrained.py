@@ -57,12 +57,87 @@ def test_a_misfit_changes_nothing_and_names_what_would_fit(tmp_path):
     with pytest.raises(PretrainedMismatch) as caught:
         load_direct3d(target, path)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+    assert caught.value.report.refused and "nothing was loaded (pretrained_partial" in str(caught.value)
+    assert f"{len(caught.value.report.loaded)} tensors would fit" in str(caught.value)
+    assert "tensors loaded" not in str(caught.value)
     config = caught.value.report.fitting_config
     assert config == {"model_channels": 64, "latent_channels": 6, "num_blocks": 3}
     message = str(caught.value)
     assert "encoder.blocks.2.attn.to_out.bias" in message and "decoder.input_layer.weight" in message
     report = load_direct3d(target, path, partial=True)
     assert "encoder.input_layer.weight" in report.loaded and report.mismatched
+    assert not report.refused and f"{len(report.loaded)} tensors loaded" in report.text()
+
+
+def test_encoder_and_decoder_of_their_own_sizes_are_read_off_the_file(tmp_path):
+    sizes = {"model_channels_encoder": 64, "model_channels_decoder": 128, "num_blocks_encoder": 1}
+    save_file(published(num_blocks_decoder=2, **sizes), tmp_path / "w.safetensors")
+    with pytest.raises(PretrainedMismatch) as caught:
+        load_direct3d(model(), tmp_path / "w.safetensors")
+    assert caught.value.report.fitting_config == {**sizes, "num_blocks_decoder": 2, "latent_channels": 4}
+    assert not load_direct3d(model(**caught.value.report.fitting_config), tmp_path / "w.safetensors").mismatched
+
+
+def test_a_foreign_file_is_a_misfit_even_when_all_may_be_left_out(tmp_path):
+    odd = {"encoder.blocks.x": torch.zeros(2), "decoder.input_layer.weight": torch.zeros(()), "a": torch.zeros(3)}
+    save_file(odd, tmp_path / "w.safetensors")
+    for partial in (False, True):
+        with pytest.raises(PretrainedMismatch, match="0 tensors would fit") as caught:
+            load_direct3d(model(), tmp_path / "w.safetensors", partial=partial)
+        assert "pretrained_partial" not in str(caught.value) and caught.value.report.fitting_config == {}
+
+
+def trained(**changes):
+    """A VQ-VAE whose codebook is no longer random, and its state."""
+    source = model(7, **changes)
+    source.quantizer.initialize(torch.randn(50, source.latent_channels))
+    source.quantizer.unused_steps += 3
+    return source, {name: value.clone() for name, value in source.state_dict().items()}
+
+
+def test_a_gradient_codebook_starts_the_averages_of_a_model_that_keeps_some(tmp_path):
+    source, state = trained()
+    save_file(state, tmp_path / "w.safetensors")
+    target = model(use_ema_update=True, reseed_after=0)
+    report = load_direct3d(target, tmp_path / "w.safetensors")
+    assert report.new == ["quantizer.ema_count", "quantizer.ema_sum"] and not report.mismatched
+    before = source.quantizer.codebook.detach()
+    rows = before[:1] + 0.1 * torch.randn(5, 4)
+    nearest = target.quantizer(rows).ids
+    counts = target.quantizer.commit(1).counts
+    moved = (target.quantizer.codebook - before).norm(dim=1)
+    pull = torch.zeros(8).index_add_(0, nearest, (rows - before[nearest]).norm(dim=1))
+    assert (moved <= 0.01 * pull / (0.99 + 0.01 * counts) + 1e-6).all() and counts.sum() == 5
+
+
+def test_averages_in_a_file_are_a_misfit_for_a_model_that_keeps_none(tmp_path):
+    source, state = trained(use_ema_update=True)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(PretrainedMismatch, match="quantizer.ema_sum: the model has no such tensor"):
+        load_direct3d(model(), tmp_path / "w.safetensors")
+    target = model()
+    load_direct3d(target, tmp_path / "w.safetensors", partial=True)
+    assert torch.equal(target.quantizer.codebook, source.quantizer.codebook) and target.quantizer.initialized
+    assert (target.quantizer.unused_steps == 3).all()
+
+
+@pytest.mark.parametrize("changes", [{"num_embeddings": 9}, {"latent_channels": 6}])
+def test_nothing_of_a_codebook_that_does_not_fit_is_taken(tmp_path, changes):
+    """Above all not that it is initialised: k-means is still to come."""
+    save_file(trained(use_ema_update=True)[1], tmp_path / "w.safetensors")
+    target = model(use_ema_update=True, **changes)
+    before = {k: v.clone() for k, v in target.state_dict().items() if k.startswith("quantizer.")}
+    report = load_direct3d(target, tmp_path / "w.safetensors", partial=True)
+    assert not [name for name in report.loaded if name.startswith("quantizer.")]
+    assert "quantizer.initialized: the state of a codebook that is not loaded" in report.mismatched
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in before.items())
+    assert not target.quantizer.initialized
+
+
+def test_two_names_for_a_tensor_are_refused(tmp_path):
+    torch.save({"vae.x": torch.zeros(2), "x": torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth: a tensor must have one name, got 'vae.x' and 'x' for 'x'"):
+        read_state_dict(tmp_path / "w.pth")
 
 
 def test_a_missing_tensor_is_a_misfit(tmp_path):

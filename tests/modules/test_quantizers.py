@@ -80,6 +80,41 @@ def test_moving_average_follows_its_formula_over_micro_batches():
     torch.testing.assert_close(quantizer.codebook, total / count[:, None])
 
 
+@pytest.mark.parametrize("absent", [("ema_count", "ema_sum"), ("ema_count",), ("ema_sum",)])
+def test_a_codebook_without_its_averages_starts_them_from_it(absent):
+    """A commit then moves a code by its rows' share, as after k-means, and a code without rows not at all."""
+    torch.manual_seed(0)
+    source, loaded = (VectorQuantizer(6, 3, use_ema_update=True, ema_decay=0.9, reseed_after=0) for _ in range(2))
+    source.initialize(torch.randn(99, 3))
+    source(torch.randn(40, 3))
+    source.commit(1)
+    loaded.unused_steps += 7
+    state = {name: value for name, value in source.state_dict().items() if name not in (*absent, "unused_steps")}
+    missing = loaded.load_state_dict(state, strict=False).missing_keys
+    assert sorted(missing) == sorted([*absent, "unused_steps"])
+    assert torch.equal(loaded.codebook, source.codebook) and loaded.initialized and not loaded.unused_steps.any()
+    rows = torch.randn(40, 3)
+    rows = rows[loaded.quantize(rows).ids > 1]
+    ids = loaded(rows).ids
+    counts = loaded.commit(2).counts
+    assert counts.tolist()[:2] == [0, 0] and (counts[2:] > 0).all()
+    sums = torch.zeros(6, 3).index_add_(0, ids, rows)
+    torch.testing.assert_close(loaded.codebook, (0.9 * source.codebook + 0.1 * sums) / (0.9 + 0.1 * counts)[:, None])
+
+
+@pytest.mark.parametrize("use_ema_update", [False, True])
+def test_a_whole_state_loads_as_it_is(use_ema_update):
+    source, loaded = (VectorQuantizer(6, 3, use_ema_update=use_ema_update, reseed_after=9) for _ in range(2))
+    source(torch.randn(40, 3))
+    source.commit(1)
+    source.unused_steps += 2
+    loaded.load_state_dict(source.state_dict())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in source.state_dict().items())
+    assert not loaded.initialized
+    with pytest.raises(RuntimeError, match="unused_steps"):
+        loaded.load_state_dict({k: v for k, v in source.state_dict().items() if k != "unused_steps"})
+
+
 def test_discard_forgets_the_step():
     quantizer = VectorQuantizer(4, 2, use_ema_update=True)
     before = quantizer.codebook.clone()

@@ -67,7 +67,7 @@ def assert_same(one: dict, other: dict) -> None:
     for name, tokens in one.items():
         for field in ("ids", "block_index", "to_world"):
             np.testing.assert_array_equal(getattr(tokens, field), getattr(other[name], field))
-        for field in ("sha256", "label", "frame", "prep_hash", "resolution", "band_voxels"):
+        for field in ("sha256", "label", "label_value", "frame", "prep_hash", "resolution", "band_voxels"):
             assert getattr(tokens, field) == getattr(other[name], field)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 from pipeline_shapes import ellipsoid_blocks
 
 from trellis.geometry.isosurface import extract_mesh
-from trellis.geometry.source_grid import load_source_mask, save_source_mask
+from trellis.geometry.source_grid import SourceMask, load_source_mask, save_source_mask
 from trellis.pipelines import evaluate
 from trellis.pipelines.evaluate import CodeCounts, evaluate_dataset, figures_of, table
-from trellis.pipelines.scoring import Pair, score_pair
+from trellis.pipelines.scoring import OF_TRUTH, Pair, score_pair, worst_row
 from trellis.preparation.prepare import prepare_dataset
 from trellis.utils.io_utils import save_sparse_sdf
 from trellis.utils.mesh_utils import write_mesh
@@ -98,7 +99,16 @@ def test_tolerances_and_tables_of_groups(dataset, tmp_path):
                 found = tables[key][group, metric]
                 assert float(found["mean"]) == pytest.approx(np.mean(values)) and int(found["n"]) == len(values)
                 assert float(found["p95"]) == pytest.approx(np.quantile(values, 0.95))
-                assert float(found["ci_low"]) <= np.mean(values) + 1e-12
+                if key == "label":
+                    assert float(found["ci_low"]) <= np.mean(values) + 1e-12
+                else:
+                    assert found["ci_low"] == found["ci_high"] == "", "one patient has no interval"
+    head = re.findall(r"<th[^>]*>([^<]*)</th>", text[text.index('id="shapes"') :])
+    for title in ("Dice", "Dice in blocks", "HD95 mm", "ASSD mm", "NSD at 0.5 mm", "NSD at 3 mm", "volume error"):
+        assert head[head.index(title) + 1] == "TSDF"
+    for group in (*summary["labels"].values(), *summary["patients"].values()):
+        assert {"nsd_0.5mm", "nsd_3mm"} <= group.keys() & group["ceiling"].keys()
+    assert summary["patients"]["p1"]["dice"]["ci_low"] is None and summary["labels"]["liver"]["dice"]["ci_low"] > 0.9
 
 
 def test_labels_are_scored_on_their_own_voxels_too(tmp_path):
@@ -170,19 +180,88 @@ def test_shape_without_a_place_has_no_millimetres():
     assert row["volume_pred_ml"] is None and row["hd95_voxels"] < 1e-3
 
 
-def test_broken_shape_is_counted_and_named(tokenizer, dataset, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_fails_counts_as_the_worst_and_is_named(tokenizer, dataset, tmp_path, monkeypatch, workers):
+    """b cannot be read, c has no truth to be scored against, d cannot be encoded: no mean gets better by that."""
     broken = dataset / "sparse_sdf" / f"{'b' * 64}_r32.npz"
     broken.write_bytes(broken.read_bytes()[:500])
     truth = dataset / "meshes" / f"{'c' * 64}.ply"
     truth.write_bytes(b"ply nonsense")
+    encode = tokenizer.encode
+
+    def failing(shape, *, sha256=""):
+        if sha256[:1] == "d":
+            raise RuntimeError("out of memory")
+        return encode(shape, sha256=sha256)
+
+    monkeypatch.setattr(tokenizer, "encode", failing)
+    out = tmp_path / "eval"
+    summary = evaluate_dataset(tokenizer, dataset, out, num_samples=500, worst=9, workers=workers)
+    assert (summary["n"], summary["n_failed"], summary["n_failed_unread"]) == (4, 3, 1)
+    rows = {row["sha256"][0]: row for row in read_csv(out / "metrics.csv")}
+    assert [bool(rows[name]["error"]) for name in "abcd"] == [False, True, True, True]
+    worst = 100 * np.sqrt(3)  # the diagonal of a cube of 100 mm
+    for name in "cd":
+        row = {metric: float(rows[name][metric]) for metric in ("hd_mm", "hd95_mm", "assd_mm", "chamfer_mm")}
+        assert row == pytest.approx(dict.fromkeys(row, worst))
+        assert float(rows[name]["assd_voxels"]) == pytest.approx(32 * np.sqrt(3))
+        assert rows[name]["dice"] == rows[name]["dice_blocks"] == rows[name]["nsd_2mm"] == "0.0"
+        assert (rows[name]["volume_error_fraction"], rows[name]["euler_match"]) == ("-1.0", "False")
+    assert rows["c"]["hd95_mm_tsdf"] == "" and 0 < float(rows["d"]["hd95_mm_tsdf"]) < 5, "d has a truth and a TSDF"
+    assert float(rows["d"]["volume_error_ml"]) == -float(rows["d"]["volume_truth_ml"]) < 0
+    assert rows["b"]["dice"] == "0.0" and rows["b"]["hd95_mm"] == rows["b"]["nsd_1mm"] == ""
+    assert summary["hd95_mm"]["n"] == 3 and summary["dice"]["n"] == 4 and summary["ceiling"]["dice"]["n"] == 2
+    assert summary["hd95_mm"]["mean"] == pytest.approx((float(rows["a"]["hd95_mm"]) + 2 * worst) / 3)
+    errors = read_csv(out / "errors.csv")
+    assert not any(str(dataset) in row["reason"] for row in errors if row["stage"] == "read")
+    assert sorted((row["id"][0], row["stage"]) for row in errors) == [("b", "read"), ("c", "score"), ("d", "encode")]
+    assert "3 of 4 shapes failed" in table(summary) and "1 of them could not be read" in table(summary)
+    assert (out / "report.html").read_text().count("data:image/png") == 4, "pictures of what did not fail"
+
+
+def test_a_shape_that_fails_twice_is_one(tokenizer, dataset, tmp_path, monkeypatch):
+    (dataset / "meshes" / f"{'c' * 64}.ply").write_bytes(b"ply nonsense")
+    monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
     summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500, worst=0)
-    assert summary["n"] == 4 and summary["n_failed"] == 2 and summary["dice"]["n"] == 4
-    assert summary["dice"]["p05"] == 0 and summary["hd95_mm"]["n"] == 2
-    rows = {row["sha256"][0]: row for row in read_csv(tmp_path / "eval" / "metrics.csv")}
-    assert rows["b"]["error"] and rows["c"]["error"] and rows["b"]["dice"] == "0.0" and not rows["a"]["error"]
-    errors = read_csv(tmp_path / "eval" / "errors.csv")
-    assert sorted((row["id"][0], row["stage"]) for row in errors) == [("b", "encode"), ("c", "score")]
-    assert "2 of 4 shapes failed" in table(summary)
+    assert summary["n"] == summary["n_failed"] == summary["hd95_mm"]["n"] == 4
+    assert len(read_csv(tmp_path / "eval" / "errors.csv")) == 5
+
+
+def test_every_metric_has_the_figure_of_the_tsdf_beside_it(tmp_path):
+    blocks = ellipsoid_blocks()
+    moved = replace(blocks, block_sdf=np.clip(blocks.block_sdf + np.float16(0.25), -1, 1))
+    source = SourceMask(np.ones((4, 4, 4), dtype=bool), np.zeros(3, dtype=np.int64), (8, 8, 8), np.diag([9.0, 9, 9, 1]))
+    save_source_mask(tmp_path / "mask.npz", source)
+    row = score_pair(Pair("s", "l", "p", blocks, moved, None, {"bits": 7.0}, tmp_path / "mask.npz"), 500, (0.5, 3.0))
+    own = {name for name in row if not name.endswith("_tsdf")} - {"truth", "num_blocks", "bits", *OF_TRUTH}
+    assert {f"{name}_tsdf" for name in own} == row.keys() - own - {"truth", "num_blocks", "bits", *OF_TRUTH}
+    assert {"dice", "dice_blocks", "iou_source", "hd_voxels", "chamfer_squared_grid", "volume_error_ml"} <= own
+    ceiling = score_pair(Pair("s", "l", "p", blocks, None, None, {}, tmp_path / "mask.npz"), 500, (0.5, 3.0))
+    assert all(row[f"{name}_tsdf"] == ceiling[name] == ceiling[f"{name}_tsdf"] for name in own)
+    assert row["hd_voxels"] > 2 * row["hd_voxels_tsdf"]
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_worst_row_is_that_of_an_empty_reconstruction(placed):
+    blocks = ellipsoid_blocks() if placed else replace(ellipsoid_blocks(), to_world=None)
+    nothing = replace(blocks, block_sdf=np.ones_like(blocks.block_sdf))
+    pair = Pair("s", "l", "p", blocks, nothing, None, {"bits": 7.0})
+    assert score_pair(pair, 500) == score_pair(replace(pair, decoded=None, failed=True), 500)
+    measured, worst = score_pair(pair, 500, (0.5, 3.0)), worst_row(pair, (0.5, 3.0))
+    assert {"dice", "dice_blocks", "assd_mm", "hd95_voxels", "nsd_0.5mm", "bits", "euler_match"} <= worst.keys()
+    assert worst == pytest.approx({name: measured[name] for name in worst})
+
+
+def test_use_of_codes_of_each_shape(tokenizer, dataset, tmp_path):
+    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500, worst=0)
+    used = set()
+    for row in read_csv(tmp_path / "eval" / "metrics.csv"):
+        ids = tokenizer.encode(dataset / "sparse_sdf" / f"{row['sha256']}_r32.npz").ids
+        share = np.unique(ids, return_counts=True)[1] / len(ids)
+        assert int(row["codes_used"]) == len(share)
+        assert float(row["perplexity"]) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+        used |= set(ids.tolist())
+    assert summary["codes_used"] == len(used), "in the summary: of all shapes together"
 
 
 def test_all_broken_gives_tables_without_nan(tokenizer, dataset, tmp_path):

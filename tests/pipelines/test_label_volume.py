@@ -6,16 +6,20 @@ import nibabel
 import numpy as np
 import pytest
 
-from trellis.pipelines.label_volume import LabelPainter, VolumeGrid, label_numbers, write_label_table, write_nifti
+from trellis.geometry.label_names import read_label_names
+from trellis.geometry.volume import read_volume, write_label_volume
+from trellis.pipelines.label_volume import LabelPainter, VolumeGrid, label_values, write_label_table
+
+SHEARED = np.array([[-1.5, 0.2, 0, 10], [0.1, 1.0, 0.3, -20], [0, 0, 2.0, 30], [0, 0, 0, 1]])
 
 
-def test_numbers_follow_names():
-    assert label_numbers(["7", "2"]) == [7, 2]
-    assert label_numbers(["liver", "spleen", "liver"]) == [1, 2, 1]
-    assert label_numbers(["liver", "1", "spleen_3", "vein"]) == [2, 1, 3, 4]
-    assert label_numbers(["rib_4", "tooth_4"]) == [4, 1]
-    assert label_numbers(["0", "123456"]) == [1, 2]
-    assert label_numbers([]) == []
+def test_values_are_those_of_the_source_if_all_are_known_and_distinct():
+    assert label_values([("spleen", 3), ("liver", 52), ("liver", 52)]) == {"spleen": 3, "liver": 52}
+    assert label_values([("liver", 1 << 30)]) == {"liver": 1 << 30}
+    assert label_values([("spleen", 3), ("liver", None)]) == {"liver": 1, "spleen": 2}
+    assert label_values([("spleen", 3), ("liver", 3)]) == {"liver": 1, "spleen": 2}
+    assert label_values([("liver", 3), ("liver", 4)]) == {"liver": 1}
+    assert label_values([]) == {}
 
 
 def box(shape, low, high):
@@ -45,13 +49,13 @@ def test_no_overlap_and_empty_mask():
 
 
 def test_header_holds_the_geometry_and_nothing_else(tmp_path):
-    affine = np.array([[-1.5, 0.2, 0, 10], [0.1, 1.0, 0.3, -20], [0, 0, 2.0, 30], [0, 0, 0, 1]])
-    data = np.arange(24, dtype=np.uint16).reshape(2, 3, 4)
-    write_nifti(tmp_path / "a.nii.gz", data, affine)
-    write_nifti(tmp_path / "b.nii.gz", data, affine)
+    data = np.arange(300, 324, dtype=np.uint16).reshape(2, 3, 4)
+    write_label_volume(tmp_path / "a.nii.gz", data, SHEARED)
+    write_label_volume(tmp_path / "b.nii.gz", data, SHEARED)
     image = nibabel.load(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(np.asarray(image.dataobj), data)
-    np.testing.assert_allclose(image.affine, affine, atol=1e-5)
+    np.testing.assert_allclose(image.affine, SHEARED, atol=1e-5)
+    assert read_volume(tmp_path / "a.nii.gz").notes == (), "a qform that contradicts the sform would be noted"
     assert image.get_data_dtype() == np.uint16 and image.header.get_xyzt_units()[0] == "mm"
     for field in ("descrip", "intent_name", "aux_file", "db_name"):
         assert not bytes(image.header[field]).strip(b"\0")
@@ -69,6 +73,8 @@ def test_grid_of_a_reference_that_is_no_label_volume(tmp_path):
         VolumeGrid.like(tmp_path / "bare.npy")
 
 
-def test_table(tmp_path):
-    write_label_table(tmp_path / "t.csv", [(1, "liver, left", "ab", 5)])
-    assert (tmp_path / "t.csv").read_text() == 'number,label,sha256,voxels\n1,"liver, left",ab,5\n'
+def test_table_is_read_back(tmp_path):
+    names = {52: "liver, left", 3: "7"}
+    write_label_table(tmp_path / "t.csv", names)
+    assert (tmp_path / "t.csv").read_text() == 'value,name\n3,7\n52,"liver, left"\n'
+    assert read_label_names(tmp_path / "t.csv") == names

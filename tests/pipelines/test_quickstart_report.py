@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from trellis.pipelines import quickstart_report as report
 from trellis.utils.blocks import SparseSDFBlocks, morton_order
 from trellis.utils.io_utils import save_sparse_sdf
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RESOLUTION = 64
 TO_WORLD = np.array([[80.0, 0, 0, 5], [0, 80, 0, -7], [0, 0, 80, 11], [0, 0, 0, 1]])
 
@@ -111,13 +116,46 @@ def test_a_structure_that_was_never_trained_on_is_refused(prepared):
         report.score_nulls(shapes, prepared / "data", 8)
 
 
-def test_overview_has_inputs_and_reconstructions(prepared):
+def write_decoded(folder):
     pytest.importorskip("warp")
     import trimesh
 
     from trellis.utils.mesh_utils import write_mesh
 
     sphere = trimesh.creation.icosphere(2, radius=20)
-    write_mesh(prepared / "meshes" / "dd_r64.stl", sphere.vertices, sphere.faces)
+    write_mesh(folder / "dd_r64.stl", sphere.vertices, sphere.faces)
+
+
+def test_overview_has_inputs_and_reconstructions(prepared):
+    write_decoded(prepared / "meshes")
     report.write_overview(prepared / "data", prepared / "meshes", prepared / "overview.png")
     assert (prepared / "overview.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_exit_codes_of_the_script(prepared, capsys):
+    """0 when the targets are met, 3 and a reason when one is missed, 2 when something is not there."""
+    spec = importlib.util.spec_from_file_location("quickstart_report_script", SCRIPTS / "quickstart_report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    write_tokens(prepared / "tokens", [3, 3, 7, 1])
+    assert script.main([str(prepared)]) == 2 and "error: " in capsys.readouterr().err
+    write_decoded(prepared / "meshes")
+    assert script.main([str(prepared)]) == 0
+    printed = capsys.readouterr()
+    assert "0.9900" in printed.out and not printed.err and (prepared / "overview.png").is_file()
+    assert script.main([str(prepared), "--minimum", "1.0"]) == 3
+    assert capsys.readouterr().err == "TARGET MISSED: mean Dice 0.9900 is below 1.0\n"
+
+
+def test_the_quickstart_ends_with_the_exit_code_of_its_table(tmp_path):
+    """The script's own lines, with stand-ins for python and the command: all stages pass, the table misses a target."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    python = 'case "$*" in *quickstart_report*) exit 3;; *sys.prefix*) echo "$VIRTUAL_ENV";; *) echo 1;; esac'
+    for name, line in (("trellis-vqvae", "exit 0"), ("python", python)):
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (commands / name).chmod(0o755)
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path), "HOME": str(tmp_path)}
+    command = ["bash", SCRIPTS / "quickstart.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and "8/8" in done.stdout and "times" in done.stdout, done.stdout + done.stderr

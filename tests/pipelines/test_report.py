@@ -49,7 +49,8 @@ def some_rows():
             "hd95_mm": 1.5 + i, "hd95_mm_tsdf": 0.1, "assd_mm": 0.5, "num_blocks": 10, "error": "",
         }  # fmt: skip
         rows.append(row)
-    rows.append({"sha256": "f" * 64, "label": "liver", "patient_id": "p1", "dice": 0.0, "error": "see errors.csv"})
+    worst = {"dice": 0.0, "dice_tsdf": 0.98, "hd95_mm": 170.0, "assd_mm": 170.0, "error": "see errors.csv"}
+    rows.append({"sha256": "f" * 64, "label": "liver", "patient_id": "p1", **worst})
     return rows
 
 
@@ -99,9 +100,21 @@ def test_figures_and_order(page):
     assert "20" in text and "perplexity 12" in text and "failed" in text
     shapes = page[page.index('id="shapes"') :]
     shapes = shapes[: shapes.index("</table>")]
-    dice = re.findall(r'<td data-v="([\d.]+)">0\.\d{4}</td><td data-v="0.99"', shapes)
+    dice = re.findall(r'<td data-v="([\d.]+)">0\.\d{4}</td><td class="c" data-v="0.99"', shapes)
     assert dice == ["0.5", "0.7", "0.9"]
     assert shapes.index("f" * 12) < shapes.index("1" * 12), "what failed counts with Dice 0 and stands first"
+    assert "without those that failed" in page
+
+
+def test_summary_has_the_ceiling_beside_the_mean_and_no_interval_of_one_patient(page, tmp_path):
+    def line_of(text, title):
+        line = text[text.index(f'<td class="t">{title}</td>') :]
+        return re.findall(r"<td[^>]*>([^<]*)</td>", line[: line.index("</tr>")])
+
+    assert line_of(page, "Dice")[1:3] == ["0.5250", "0.9875"] and " to " in line_of(page, "Dice")[3]
+    rows = [{**row, "patient_id": "p0"} for row in some_rows()]
+    write_report(tmp_path / "r.html", summary_of(rows), rows, [])
+    assert line_of((tmp_path / "r.html").read_text(), "Dice")[1:4] == ["0.5250", "0.9875", "-"]
 
 
 def test_pictures_are_pngs_that_differ(page):
@@ -110,7 +123,7 @@ def test_pictures_are_pngs_that_differ(page):
     assert len(set(pictures[:4])) == 4
 
 
-def test_worst_rows_leave_out_what_was_not_scored():
+def test_worst_rows_leave_out_what_failed():
     rows = some_rows()
     assert [row["dice"] for row in worst_rows(rows, 10)] == [0.5, 0.7, 0.9]
     assert worst_rows(rows, 0) == []

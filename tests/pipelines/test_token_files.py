@@ -32,6 +32,8 @@ def some_tokens(depth: int | None = None) -> Tokens:
         model_hash="ab" * 32,
         frame="fixed-mm:250",
         prep_hash="0123456789abcdef",
+        patient_id="91c5b9cf746411e6",
+        label_value=50,
     )
 
 
@@ -58,8 +60,22 @@ def test_file_is_as_documented(tmp_path):
         assert file.metadata() == {
             "format_version": "1", "resolution": "64", "band_voxels": "4", "label": "left caudate, Größe 2",
             "sha256": "0f" * 32, "quantizer": "vq", "codebook_size": "100", "model_hash": "ab" * 32,
-            "frame": "fixed-mm:250", "prep_hash": "0123456789abcdef",
+            "frame": "fixed-mm:250", "prep_hash": "0123456789abcdef", "patient_id": "91c5b9cf746411e6",
+            "label_value": "50",
         }  # fmt: skip
+
+
+def test_files_that_do_not_say_whose_they_are(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tokens = replace(some_tokens(), patient_id="", label_value=None)
+    save_tokens(path, tokens)
+    assert not {"patient_id", "label_value"} & read_token_metadata(path).keys()
+    again = load_tokens(path)
+    assert (again.patient_id, again.label_value) == ("", None)
+    save_tokens(path, some_tokens())
+    path.write_bytes(path.read_bytes().replace(b'"label_value":"50"', b'"label_value":"5x"'))
+    with pytest.raises(ValueError, match="a.safetensors: label_value must be an integer, got '5x'"):
+        load_tokens(path)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +92,7 @@ def test_file_is_as_documented(tmp_path):
         ({"resolution": 60}, "resolution"),
         ({"band_voxels": 0}, "band_voxels"),
         ({"frame": "cube"}, "frame must be"),
+        ({"label_value": 0}, "label_value must be from 1"),
     ],
 )
 def test_values_out_of_range(change, words):

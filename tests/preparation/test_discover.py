@@ -6,6 +6,7 @@ import pytest
 from preparation_shapes import ellipsoid, write_labels, write_stl
 
 from trellis.preparation.discover import find_sources
+from trellis.preparation.layouts import LOOSE_SLICES
 
 
 @pytest.fixture
@@ -46,4 +47,27 @@ def test_links_are_followed_once_and_loops_end(root):
 
 
 def test_a_folder_can_be_left_out(root):
-    assert {s.patient for s in find_sources(root, exclude=root / "sub-02").sources} == {"loose", "sub-01"}
+    assert {s.patient for s in find_sources(root, skip_folder=root / "sub-02").sources} == {"loose", "sub-01"}
+
+
+def write_slices(folder, names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(bytes(128) + b"DICM")
+
+
+def test_slices_are_known_by_their_first_bytes(root):
+    """Archives name them by UID, of which the last number looks like a suffix; the index of a disk is none."""
+    names = ["1.2.840.113619.2.55.3", "1.2.840.113619.2.55.4", "IMG0001", "a.dcm"]
+    write_slices(root / "sub-03" / "series", [*names, "DICOMDIR"])
+    found = find_sources(root)
+    (series,) = (source for source in found.sources if source.patient == "sub-03")
+    assert series.relative == "sub-03/series" and [path.name for path in series.files] == names
+    assert found.others == 2 and not found.left_out
+
+
+def test_slices_beside_a_volume_are_counted(root):
+    write_slices(root / "sub-02", ["1.dcm", "2.dcm", "3.dcm"])
+    found = find_sources(root)
+    assert [source.relative for source in found.sources if source.kind == "volume"] == ["sub-02/seg.nii.gz"]
+    assert found.left_out == {LOOSE_SLICES: 3} and found.others == 1

@@ -12,7 +12,6 @@ from preparation_shapes import ellipsoid, make_patients, write_labels, write_stl
 
 from trellis.datasets.sparse_sdf import SparseSDF
 from trellis.preparation import tasks
-from trellis.preparation.metadata import build_metadata
 from trellis.preparation.prepare import prepare_dataset
 from trellis.preparation.report import describe_summary
 from trellis.utils.io_utils import load_sparse_sdf
@@ -202,33 +201,6 @@ def test_the_same_content_counts_once(tmp_path, caplog):
     assert prepare_dataset(root, out, **OPTIONS).n_computed == 0
 
 
-def test_ranks_merge_to_the_same_tables(tmp_path):
-    root = make_patients(tmp_path / "in", 5)
-    (root / "patient_02" / "broken.stl").write_bytes(b"solid nothing")
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    shared.mkdir()
-    prepare_dataset(root, alone, **OPTIONS)
-    (shared / ".patient_key").write_bytes((alone / ".patient_key").read_bytes())
-    for rank in (1, 0, 2):
-        with pytest.raises(ValueError, match="have not finished" if rank != 1 else "no preparation"):
-            build_metadata(shared)
-        prepare_dataset(root, shared, **OPTIONS, rank=rank, world_size=3)
-        assert not (shared / "metadata.csv").exists()
-    tables = build_metadata(shared)
-    assert len(tables.rows) == 5 and len(tables.failures) == 1
-    for name in ("metadata.csv", "errors.csv", "splits.json"):
-        assert (shared / name).read_bytes() == (alone / name).read_bytes()
-    assert prepare_dataset(root, shared, **OPTIONS).n_computed == 0, "a run over everything finds the ranks' work"
-
-
-def test_ranks_with_different_settings_are_refused(tmp_path):
-    root, out = make_patients(tmp_path / "in", 2), tmp_path / "out"
-    prepare_dataset(root, out, **OPTIONS, rank=0, world_size=2)
-    prepare_dataset(root, out, **{**OPTIONS, "band_voxels": 2}, rank=1, world_size=2)
-    with pytest.raises(ValueError, match="different prep_hash"):
-        build_metadata(out)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -237,6 +209,8 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
         ({"mesh_space": "RPS"}, "mesh_space"),
         ({"workers": -1}, "workers"),
         ({"rank": 2, "world_size": 2}, "rank"),
+        ({"rank": 0, "world_size": 2, "prune_stale": True}, "prune_stale needs all ranks"),
+        ({"include": ["/abs"]}, "include must be"),
         ({"band_voxels": 0}, "band_voxels"),
         ({"patient_regex": "("}, "regular expression"),
         ({"labels": []}, "labels"),
@@ -268,17 +242,6 @@ def test_results_inside_the_data_folder_are_not_found_again(tmp_path):
     root = make_patients(tmp_path / "in", 1)
     prepare_dataset(root, root / "out", **OPTIONS)
     assert prepare_dataset(root, root / "out", **OPTIONS).n_sources == 1
-
-
-def test_two_runs_at_once_are_refused(tmp_path):
-    import fcntl
-
-    root, out = make_patients(tmp_path / "in", 1), tmp_path / "out"
-    out.mkdir()
-    with open(out / ".lock", "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another preparation is running"):
-            prepare_dataset(root, out, **OPTIONS)
 
 
 def test_the_patients_frame_keeps_size_and_place(tmp_path):

@@ -35,6 +35,29 @@ def hospital(tmp_path):
     return root
 
 
+def write_mask(path, low, high):
+    data = np.zeros((12, 12, 12), dtype=np.uint8)
+    data[low:high, 3:9, 2:8] = 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), path)
+
+
+@pytest.mark.parametrize(("inner", "options"), [("segmentations", {}), (".", {"mask_folders": True})])
+def test_masks_lose_the_patients_name(tmp_path, inner, options):
+    folder, out = tmp_path / "in" / "Doe_Jane" / inner, tmp_path / "out"
+    write_mask(folder / "Doe_Jane_liver.nii.gz", 2, 6)
+    write_mask(folder / "spleen_DOE_JANE.nii.gz", 5, 9)
+    write_mask(folder / "spleen.nii.gz", 8, 11)
+    summary = prepare_dataset(tmp_path / "in", out, **OPTIONS, **options, labels=["liver", "spleen*"])
+    assert summary.n_shapes == 3 and not summary.warnings
+    for content in everything_written(out):
+        assert b"doe" not in content.lower()
+    text = (out / "metadata.csv").read_text()
+    assert all(f",{label}," in text for label in ("liver", "spleen_2", "spleen_3"))
+    prepare_dataset(tmp_path / "in", out, **OPTIONS, **options, keep_patient_ids=True)
+    assert all(f",{label}," in (out / "metadata.csv").read_text() for label in ("Doe_Jane_liver", "spleen"))
+
+
 def everything_written(out):
     for path in out.rglob("*"):
         yield str(path.relative_to(out)).encode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import importlib.util
 import os
 import signal
 import subprocess
@@ -10,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import distributed
 import pytest
 from preparation_shapes import make_patients
 
 from trellis.preparation.execution import LOST_WORKER, _run_on_client, open_runner
 from trellis.preparation.local_cluster import open_local_cluster
 from trellis.preparation.prepare import prepare_dataset
-from trellis.utils.io_utils import load_sparse_sdf
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_preparation_kills.py"
 
 
 def double(x):
@@ -127,36 +128,59 @@ def test_a_dask_scheduler_whose_workers_are_killed(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_a_killed_run_continues(tmp_path):
-    root, out = make_patients(tmp_path / "in", 12), tmp_path / "out"
-    command = [sys.executable, "-m", "dataset_toolkits.compute_sparse_sdf", root, out, "--resolutions", "32", "64",
-               "--workers", "2", "--quiet"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(list(map(str, command)), env=environment)
-    finished = out / "records" / "sdf"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not finished.is_dir() or len(list(finished.glob("*.json"))) < 3):
-        assert run.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    run.kill()
-    run.wait()
-    done = len(list(finished.glob("*.json")))
-    assert 3 <= done < 24 and not (out / "metadata.csv").exists()
-    for path in (out / "sparse_sdf").glob("*.npz"):
-        load_sparse_sdf(path)  # whole, or not there at all
-    time.sleep(1.0)  # workers notice that their run is gone, and end
-    options = {"resolutions": (32, 64), "workers": 0, "progress": False}
-    summary = prepare_dataset(root, out, **options)
-    assert 0 < summary.n_computed <= 24 - done + 12 and summary.exit_code == 0
-    clean = tmp_path / "clean"
+@pytest.mark.slow
+def test_killing_workers_and_runs_loses_nothing_and_repeats_nothing(tmp_path):
+    """100 shapes, killed ten times over all phases of a run (start, reading, computing, end); about 20 s."""
+    spec = importlib.util.spec_from_file_location("bench_preparation_kills", BENCHMARK)
+    kills = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = kills  # its dataclass looks itself up there
+    spec.loader.exec_module(kills)
+    root, out, clean = tmp_path / "in", tmp_path / "out", tmp_path / "clean"
+    sources = kills.make_sources(root, 100, detail=2)
+    for folder in (out, clean):
+        folder.mkdir()
+        (folder / ".patient_key").write_text("ab" * 32)
+    options = {"resolutions": (32,), "workers": 0, "progress": False}
     prepare_dataset(root, clean, **options)
-    assert not list(out.rglob("*.tmp"))
-    names = sorted(path.name for path in (clean / "sparse_sdf").iterdir())
-    assert sorted(path.name for path in (out / "sparse_sdf").iterdir()) == names
-    for name in names:
-        one, two = load_sparse_sdf(out / "sparse_sdf" / name), load_sparse_sdf(clean / "sparse_sdf" / name)
-        np.testing.assert_array_equal(one.block_index, two.block_index)
-        np.testing.assert_array_equal(one.block_sdf, two.block_sdf)
-    with open(out / "metadata.csv", newline="") as stream:
-        rows = [row["sha256"] for row in csv.DictReader(stream)]
-    assert len(rows) == 12 == len(set(rows))
+    outcome = kills.run_with_kills(
+        root, out, clean, sources=sources, shapes=100, kills=10, workers=(2, 0, 0), seed=6, resolutions=(32,)
+    )
+    assert outcome.is_clean, f"exit code {outcome.exit_code}: {outcome.as_line()}\n" + "\n".join(outcome.kills)
+    assert {"start", "reading", "computing"} <= outcome.phases and len(outcome.kills) == 10
+    assert prepare_dataset(root, out, **options).n_computed == 0
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch):
+    real, attempts = distributed.LocalCluster, []
+
+    def fails_twice(**options):
+        attempts.append(options)
+        if len(attempts) < 3:
+            raise RuntimeError("Nanny failed to start.")
+        return real(**options)
+
+    monkeypatch.setattr(distributed, "LocalCluster", fails_twice)
+    with open_runner(workers=1) as run:
+        assert dict(run(double, [1, 2], lost)) == {1: 2, 2: 4}
+    monkeypatch.setattr(distributed, "LocalCluster", lambda **options: fails_twice(**attempts.clear() or options))
+    with pytest.raises(ConnectionError, match="2 local workers cannot be started: Nanny"), open_runner(workers=2):
+        pass
+
+
+@pytest.mark.parametrize("shape_fails", [False, True])
+def test_a_task_that_was_done_before_its_worker_died_is_not_done_again(tmp_path, monkeypatch, shape_fails):
+    """Dask runs a task again when its worker dies before the result has arrived: then its record is there."""
+    root, out = make_patients(tmp_path / "in", 1), tmp_path / "out"
+    if shape_fails:
+        (root / "patient_00" / "liver.stl").write_bytes(b"solid nothing")
+    module, tasks = prepare_dataset.__globals__, []
+    for name in ("read_source", "compute_sdf"):
+        real = module[name]
+        monkeypatch.setitem(module, name, lambda task, real=real: tasks.append((real, task)) or real(task))
+    prepare_dataset(root, out, resolutions=(32,), workers=0, progress=False)
+    assert len(tasks) == 1 if shape_fails else 2
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    results = [function(task) for function, task in tasks]
+    again = {path for path, time_ns in before.items() if path.stat().st_mtime_ns != time_ns}
+    assert bool(again) is shape_fails, "a failure is tried again"
+    assert results[-1]["prep_hash"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,10 +127,35 @@ def prepare(path: Path) -> None:
         assert good == int(expected.read_text()), (good, summary.failures)
 
 
+def misbehave(path: Path) -> None:
+    """What no entry may do, as the file says: for the test of the runner itself."""
+    match path.read_text():
+        case "shell":  # what a pickle would run
+            os.system("touch escaped")
+        case "home":
+            (Path.home() / "escaped").mkdir()
+        case "temporary":
+            tempfile.mkstemp()
+        case "above":
+            (path.parent / "../../escaped").symlink_to("/etc/passwd")
+        case "overwrite":
+            path.write_text("other")
+        case "delete":
+            path.unlink()
+        case "crash":
+            os.abort()
+        case "memory":
+            np.ones(900 << 20, np.uint8)
+        case "other error":
+            raise KeyError(path.name)
+        case "nameless":
+            raise ValueError("it is wrong")
+
+
 ENTRIES: dict[str, Callable[[Path], None]] = {
     function.__name__: function
     for function in (
         mesh, volume, layers, intensity, sdf, tokens, decode, config, weights, pretrained, table, splits, dataset,
-        resolution, prepare,
+        resolution, prepare, misbehave,
     )  # fmt: skip
 }

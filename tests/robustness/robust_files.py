@@ -192,6 +192,26 @@ def nifti() -> bytes:
     return nibabel.Nifti1Image(label_array(), AFFINE).to_bytes()
 
 
+def nifti_extension(text: str | None = None) -> bytes:
+    """With XML in a header extension: a label table as TotalSegmentator writes it, or `text`."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(label_array(), AFFINE)
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, (text or label_table()).encode()))
+    return image.to_bytes()
+
+
+def label_table() -> str:
+    labels = "".join(
+        f'<Label Key="{value}" Red="1" Green="0.5" Blue="0" Alpha="1"><![CDATA[{name}]]></Label>\n'
+        for value, name in ((1, "liver"), (3, "kidney_left"))
+    )
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?> <CaretExtension> <VolumeInformation Index="0"> <LabelTable>\n'
+        f"{labels}</LabelTable> <StudyMetaDataLinkSet></StudyMetaDataLinkSet> </VolumeInformation></CaretExtension>"
+    )
+
+
 def mgh() -> bytes:
     import nibabel
 
@@ -313,6 +333,7 @@ FORMATS: dict[str, tuple[str, str, Callable[[], bytes]]] = {
     "vtp raw": ("mesh", "a.vtp", lambda: vtp("appended")),
     "nifti": ("volume", "a.nii", nifti),
     "nifti gz": ("volume", "a.nii.gz", lambda: gzip.compress(nifti(), mtime=0)),
+    "nifti extension": ("layers", "a.nii", nifti_extension),
     "mgh": ("volume", "a.mgh", mgh),
     "mgz": ("volume", "a.mgz", lambda: gzip.compress(mgh(), mtime=0)),
     "nrrd": ("volume", "a.nrrd", lambda: nrrd("raw")),

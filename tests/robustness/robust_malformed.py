@@ -53,6 +53,13 @@ def folder_case(name: str, entry: str, words: str = "", ends: str = REFUSED):
     return register
 
 
+def entity_bomb() -> str:
+    """A label table whose one name would be 10^9 letters."""
+    entities = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "a" * 10}">' for i in range(9))
+    table = '<LabelTable><Label Key="1">&e8;</Label></LabelTable>'
+    return f"<!DOCTYPE CaretExtension [{entities}]><CaretExtension>{table}</CaretExtension>"
+
+
 def nifti(**fields: tuple[str, object]) -> bytes:
     """The valid volume with header fields overwritten: at offset `o40` the struct format and its value."""
     data = bytearray(files.nifti())
@@ -175,8 +182,8 @@ case("nifti 32767 cubed", "volume", "a.nii", lambda: nifti(o42=("h", 32767), o44
      "at most")  # fmt: skip
 case("nifti zero size", "volume", "a.nii", lambda: nifti(o44=("h", 0)), "at least one voxel")
 case("nifti negative size", "volume", "a.nii", lambda: nifti(o44=("h", -6)), "a.nii")
-case("nifti negative spacing", "volume", "a.nii", lambda: nifti(o80=("f", -1.5), o252=("hh"[:1], 0), o254=("h", 0)),
-     ends=EITHER)  # fmt: skip
+case("nifti negative spacing", "volume", "a.nii", lambda: nifti(o80=("f", -1.5), o252=("h", 0), o254=("h", 0)),
+     "no voxel spacing")  # fmt: skip
 case("nifti NaN affine", "volume", "a.nii", lambda: nifti(o280=("f", np.nan)), "finite")
 case("nifti infinite offset", "volume", "a.nii", lambda: nifti(o292=("f", np.inf)), "finite")
 case("nifti flat affine", "volume", "a.nii", lambda: nifti(o280=("f", 0.0)), "spacing must be above 0")
@@ -190,6 +197,8 @@ case("nifti of zeros", "volume", "a.nii", lambda: files.nifti()[:352] + bytes(21
 case("nifti gz bomb, small volume", "volume", "a.nii.gz", lambda: gzip_bomb(files.nifti(), 1 << 30), ends=EITHER)
 case("nifti gz, header announces 1 GB", "volume", "a.nii.gz", lambda: gzip.compress(
     nifti(o42=("h", 1000), o44=("h", 1000), o46=("h", 1000)), mtime=0), "truncated")  # fmt: skip
+case("nifti label table of entities", "volume", "a.nii", lambda: files.nifti_extension(entity_bomb()),
+     ends=RESULT)  # fmt: skip
 case("nifti extension of 2^31 bytes", "volume", "a.nii", lambda: files.nifti()[:348] + b"\1\0\0\0"
      + struct.pack("<ii", 2**31 - 16, 6) + bytes(300), ends=EITHER)  # fmt: skip
 case("mgz cut", "volume", "a.mgz", lambda: gzip.compress(files.mgh(), mtime=0)[:-200], "a.mgz")
@@ -199,6 +208,8 @@ case("mgh absurd size", "volume", "a.mgh", lambda: files.mgh()[:4] + struct.pack
 case("nrrd wrong magic", "volume", "a.nrrd", b"NRRX0004\ntype: uchar\n\n", "starts with 'NRRD'")
 case("nrrd absurd sizes", "volume", "a.nrrd", lambda: files.nrrd("raw").replace(
     b"sizes: 7 6 5", b"sizes: 2000000 2000000 2000000"), "a.nrrd")  # fmt: skip
+case("nrrd in furlongs", "volume", "a.nrrd",
+     lambda: files.nrrd("raw", header='space units: "furlong" "furlong" "furlong"'), "furlong")  # fmt: skip
 case("nrrd zero size", "volume", "a.nrrd", lambda: files.nrrd("raw").replace(b"sizes: 7 6 5", b"sizes: 7 0 5"),
      "a.nrrd")  # fmt: skip
 case("nrrd NaN direction", "volume", "a.nrrd", lambda: files.nrrd("raw").replace(b"(1.5,0,0)", b"(nan,0,0)"), "a.nrrd")
@@ -362,6 +373,13 @@ def _two_series(folder: Path) -> Path:
     path = files.place(folder, "series/0.dcm", files.dicom_slice(1))
     other = files.dicom_slice(1).replace(b"1125.2", b"1125.9")
     (path / "other.dcm").write_bytes(other)
+    return path
+
+
+@folder_case("dicom: two slices at one place", "volume", "place")
+def _two_at_one_place(folder: Path) -> Path:
+    path = files.place(folder, "series/0.dcm", files.dicom_slice(1))
+    (path / "3.dcm").write_bytes(files.dicom_slice(2).replace(b"-40\\30\\24", b"-40\\30\\22"))
     return path
 
 

@@ -1,4 +1,8 @@
-"""Runs cases in limited processes: a crash or a hang of one case is a result, and the rest goes on."""
+"""Runs cases in limited processes: a crash or a hang of one case is a result, and the rest goes on.
+
+A process has a folder of its own, with its current directory, HOME and TMPDIR in it; a case that touches a file there,
+or in a watched folder of its job, is broken. Warp's compiled kernels stay where the tests have them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trellis.utils.warp_utils import get_warp
 
 START_SECONDS, CASE_SECONDS = 120.0, 25.0
 
@@ -33,10 +39,14 @@ class Outcome:
 
 @dataclass
 class Job:
-    """Cases (id, entry, path) and formats (name, first and last number of their mutations) of one process."""
+    """Cases (id, entry, path) and formats (name, first and last number of their mutations) of one process.
+
+    No case may touch a file of the watched folders; two jobs run at once, so each needs folders of its own.
+    """
 
     cases: list[dict[str, str]]
     formats: list[dict[str, Any]]
+    watched: tuple[Path, ...] = ()
 
     def without(self, done: set[str]) -> Job:
         cases = [case for case in self.cases if case["id"] not in done]
@@ -46,47 +56,48 @@ class Job:
             first = max(finished) + 1 if finished else part["first"]
             if first < part["last"]:
                 formats.append({**part, "first": first})
-        return Job(cases, formats)
+        return Job(cases, formats, self.watched)
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path) -> tuple[list[Outcome], str]:
-    """All outcomes, and what the processes wrote on stderr. Two processes at a time."""
+def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Outcome]:
+    """All outcomes. Two processes at a time."""
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda pair: _run_job(pair[1], folder / f"job{pair[0]}"), enumerate(jobs)))
-    return [outcome for outcomes, _ in parts for outcome in outcomes], "".join(text for _, text in parts)
+        parts = pool.map(lambda pair: _run_job(pair[1], folder / f"job{pair[0]}"), enumerate(jobs))
+        return [outcome for outcomes in parts for outcome in outcomes]
 
 
-def _run_job(job: Job, folder: Path) -> tuple[list[Outcome], str]:
+def _run_job(job: Job, folder: Path) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    stderr = ""
-    folder.mkdir(parents=True)
+    for name in ("home", "tmp", "work"):
+        (folder / name).mkdir(parents=True)
     while job.cases or job.formats:
-        found, ended, text = _run_once(job, folder)
+        found, ended = _run_once(job, folder)
         outcomes += found
-        stderr += text
         if ended is None:
             break
         outcomes.append(ended)
         if ended.id == "start":
             break
         job = job.without({outcome.id for outcome in outcomes})
-    return outcomes, stderr
+    return outcomes
 
 
-def _run_once(job: Job, folder: Path) -> tuple[list[Outcome], Outcome | None, str]:
+def _run_once(job: Job, folder: Path) -> tuple[list[Outcome], Outcome | None]:
     """Outcomes until the end, or until a case crashed or hung: then that one too."""
-    job_file, errors = folder / "job.json", folder / "stderr.txt"
-    job_file.write_text(json.dumps({"folder": str(folder / "files"), "cases": job.cases, "formats": job.formats}))
-    home = folder / "home"
-    home.mkdir(exist_ok=True)
+    job_file, errors = folder / "job.json", folder.with_name(f"{folder.name}_stderr.txt")
+    folders = {"folder": str(folder / "files"), "watched": [str(folder), *map(str, job.watched)]}
+    job_file.write_text(json.dumps({**folders, "cases": job.cases, "formats": job.formats}))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
-    environment = {**os.environ, **threads, "HOME": str(home), "PYTHONFAULTHANDLER": "1"}
+    kernels = str(Path(get_warp().config.kernel_cache_dir).parent)
+    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "WARP_CACHE_PATH": kernels}
+    environment = {**os.environ, **threads, **own, "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, str(Path(__file__).with_name("robust_worker.py")), str(job_file)]
     lines: queue.Queue[str | None] = queue.Queue()
     with open(errors, "wb") as stream:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stream, env=environment, cwd=home, text=True, bufsize=1
-        )
+            command, stdout=subprocess.PIPE, stderr=stream, env=environment, cwd=folder / "work",
+            text=True, bufsize=1,
+        )  # fmt: skip
 
         def pump() -> None:
             for line in process.stdout:
@@ -120,7 +131,7 @@ def _run_once(job: Job, folder: Path) -> tuple[list[Outcome], Outcome | None, st
     text = errors.read_text(errors="replace")
     if ended is not None:
         ended = Outcome(ended.id, ended.outcome, f"{ended.words}\n{text[-1500:]}", ended.seconds)
-    return outcomes, ended, text
+    return outcomes, ended
 
 
 def broken(outcomes: Sequence[Outcome]) -> str:

@@ -1,5 +1,6 @@
 """Runs cases one after another in a process of its own, and says on stdout which begins and how it ended.
 
+A case that writes, changes or deletes a file of the watched folders is broken, unless it is told to write there.
 The process limits its own memory. A case that crashes or hangs takes the process with it: `robust_runner` sees which.
 """
 
@@ -7,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 EXTRA_ADDRESS_SPACE = 3 << 30
@@ -24,10 +29,7 @@ LONGEST_MESSAGE = 4000
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    return 0
+    return int(Path("/proc/self/status").read_text().split(f"{field}:", 1)[1].split(None, 1)[0]) << 10
 
 
 def reset_peak() -> None:
@@ -47,14 +49,43 @@ def respect_permissions() -> None:
         libc.capset(header, data)
 
 
-def warm_up(entries: set[str], folder: Path) -> None:
+def warm_up(entries: set[str]) -> None:
     """Import what the entries need, by one valid file each, before memory is limited."""
     from robust_entries import ENTRIES
     from robust_files import FORMATS, place
 
-    for name, (entry, file_name, make) in FORMATS.items():
-        if entry in entries:
-            ENTRIES[entry](place(folder / "valid" / name.replace(" ", "_"), file_name, make()))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (entry, file_name, make) in FORMATS.items():
+            if entry in entries:
+                ENTRIES[entry](place(Path(folder) / name.replace(" ", "_"), file_name, make()))
+
+
+def listing(folders: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Every path in and below the folders, links not followed, with its mode; of all but folders also size and time."""
+    found: dict[str, tuple[int, ...]] = {}
+    left: list[str | Path] = list(folders)
+    while left:
+        with os.scandir(left.pop()) as entries:
+            for entry in entries:
+                facts = entry.stat(follow_symlinks=False)
+                found[entry.path] = (facts.st_mode, facts.st_size, facts.st_mtime_ns)
+                if entry.is_dir(follow_symlinks=False):
+                    found[entry.path] = (facts.st_mode,)
+                    left.append(entry.path)
+    return found
+
+
+def run_watched(entry: str, path: Path, folders: Sequence[Path]) -> tuple[str, str]:
+    """(outcome, words) of `run`, or "broken" where it touched a file of the folders outside PATH/out of `prepare`."""
+    before = listing(folders)
+    outcome, words = run(entry, path)
+    after = listing(folders)
+    touched = [name for name in sorted({**before, **after}) if before.get(name) != after.get(name)]
+    if entry == "prepare":
+        touched = [name for name in touched if not Path(name).is_relative_to(path / "out")]
+    if touched:
+        outcome, words = "broken", f"wrote, changed or deleted {touched[:5]}; {outcome}: {words}"
+    return outcome, words
 
 
 def run(entry: str, path: Path) -> tuple[str, str]:
@@ -86,40 +117,46 @@ def report(**fields: object) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def main(job_file: str) -> None:
-    """The job: {"folder", "cases": [{"id", "entry", "path"}], "formats": [{"name", "first", "last"}]}."""
-    job = json.loads(Path(job_file).read_text())
-    folder = Path(job["folder"])
-    warnings.simplefilter("ignore")
+def mutations(name: str, first: int, last: int, folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """(id, entry, path) of a format's mutations, each written when it is asked for."""
     import numpy as np
     from robust_files import FORMATS, mutate_inside, place
 
+    entry, file_name, make = FORMATS[name]
+    valid = make()
+    place(folder, file_name, valid)
+    for number in range(first, last):
+        rng = np.random.default_rng([number, *name.encode()])
+        (folder / file_name).write_bytes(mutate_inside(file_name, valid, rng))
+        path = folder if file_name.endswith("metadata.csv") else _entry_path(folder, file_name)
+        yield f"{name} {number}", entry, path
+    shutil.rmtree(folder)
+
+
+def main(job_file: str) -> None:
+    """The job: {"folder", "watched", "cases": [{"id", "entry", "path"}], "formats": [{"name", "first", "last"}]}."""
+    job = json.loads(Path(job_file).read_text())
+    folder, watched = Path(job["folder"]), [Path(name) for name in job["watched"]]
+    warnings.simplefilter("ignore")
+    from robust_files import FORMATS
+
     entries = {case["entry"] for case in job["cases"]} | {FORMATS[part["name"]][0] for part in job["formats"]}
-    warm_up(entries, folder)
+    warm_up(entries)
     respect_permissions()
     limit = status("VmSize") + EXTRA_ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     report(ready=True)
-    for case in job["cases"]:
-        report(begin=case["id"])
+    given = [(case["id"], case["entry"], Path(case["path"])) for case in job["cases"]]
+    made = [
+        mutations(part["name"], part["first"], part["last"], folder / part["name"].replace(" ", "_"))
+        for part in job["formats"]
+    ]
+    for identity, entry, path in itertools.chain(given, *made):
+        report(begin=identity)
         start = time.perf_counter()
-        outcome, words = run(case["entry"], Path(case["path"]))
-        report(id=case["id"], outcome=outcome, words=words, seconds=round(time.perf_counter() - start, 3))
-    for part in job["formats"]:
-        entry, file_name, make = FORMATS[part["name"]]
-        valid = make()
-        where = folder / "mutated" / part["name"].replace(" ", "_")
-        place(where, file_name, valid)
-        for number in range(part["first"], part["last"]):
-            identity = f"{part['name']} {number}"
-            report(begin=identity)
-            start = time.perf_counter()
-            rng = np.random.default_rng([number, *part["name"].encode()])
-            data = mutate_inside(file_name, valid, rng)
-            (where / file_name).write_bytes(data)
-            outcome, words = run(entry, where if file_name.endswith("metadata.csv") else _entry_path(where, file_name))
-            report(id=identity, outcome=outcome, words=words, seconds=round(time.perf_counter() - start, 3))
+        outcome, words = run_watched(entry, path, watched)
+        report(id=identity, outcome=outcome, words=words, seconds=round(time.perf_counter() - start, 3))
 
 
 def _entry_path(where: Path, file_name: str) -> Path:

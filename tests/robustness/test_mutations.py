@@ -18,7 +18,7 @@ def outcomes(tmp_path_factory):
         Job([], [{"name": name, "first": 0, "last": MUTATIONS} for name in names[part::PARTS]])
         for part in range(PARTS)
     ]
-    return run_jobs(jobs, tmp_path_factory.mktemp("mutations"))[0]
+    return run_jobs(jobs, tmp_path_factory.mktemp("mutations"))
 
 
 def test_every_mutation_ends_in_a_result_or_a_clear_error(outcomes):

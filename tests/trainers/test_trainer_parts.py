@@ -346,19 +346,65 @@ def test_perplexity_closed_forms():
     assert float(perplexity(torch.zeros(4, dtype=torch.int64))) == 0
 
 
-def test_collapse_is_announced_after_two_epochs(caplog: pytest.LogCaptureFixture):
-    usage = CodebookUsage(1000, torch.device("cpu"))
-    counts = torch.zeros(1000, dtype=torch.int64)
-    counts[:3] = torch.tensor([1000, 10, 10])
-    for epoch in range(3):
+def usage(**settings) -> CodebookUsage:
+    return CodebookUsage(4000, torch.device("cpu"), **{"reseed_after": 0, **settings})
+
+
+def spread(rows: int, codes: int) -> torch.Tensor:
+    """Counts of `rows` rows that fall evenly on the first `codes` of 4000 codes."""
+    return torch.bincount(torch.arange(rows) % codes, minlength=4000)
+
+
+COLLAPSED, HEALTHY = spread(200, 2), spread(200, 150)
+
+
+def alarms_of(usage: CodebookUsage, steps: list[torch.Tensor], caplog: pytest.LogCaptureFixture, *, epoch=None):
+    """Steps, from 1, at which a collapse is announced; an epoch ends every `epoch` steps."""
+    found = []
+    for step, counts in enumerate(steps, start=1):
+        caplog.clear()
         usage.add(counts)
-        figures = usage.finish_epoch()
-        assert ("COLLAPSE" in caplog.text) == (epoch >= 1)
-    assert figures["epoch_codes_used"] == 3 and figures["epoch_dead_codes"] == 997
-    assert figures["epoch_share_used"] == pytest.approx(0.003)
-    caplog.clear()
-    usage.add(torch.ones(1000, dtype=torch.int64))
-    assert usage.finish_epoch()["epoch_perplexity"] == pytest.approx(1000)
-    usage.add(counts)
-    usage.finish_epoch()
-    assert "COLLAPSE" not in caplog.text
+        if epoch is not None and step % epoch == 0:
+            usage.finish_epoch()
+        found += [step] * caplog.text.count("CODEBOOK COLLAPSE")
+    return found
+
+
+def test_collapse_is_announced_within_an_epoch_once_per_episode(caplog: pytest.LogCaptureFixture):
+    steps = [COLLAPSED] * 400 + [HEALTHY] * 50 + [COLLAPSED] * 200
+    assert alarms_of(usage(), steps, caplog) == [100, 550]
+    assert alarms_of(usage(reseed_after=130), steps, caplog) == [300]  # re-seeding has had its chance
+    assert alarms_of(usage(), [COLLAPSED] * 200, caplog, epoch=30) == [120]  # periods end with epochs
+    assert alarms_of(usage(speaks=False), steps, caplog) == []
+
+
+def test_no_false_alarm(caplog: pytest.LogCaptureFixture):
+    assert alarms_of(usage(), [HEALTHY] * 300, caplog) == []
+    assert alarms_of(usage(), [COLLAPSED] * 99, caplog) == []  # a start, or a short trial
+    assert alarms_of(usage(), ([COLLAPSED] * 50 + [HEALTHY] * 50) * 3, caplog) == []
+    assert alarms_of(usage(), [spread(3, 1)] * 300, caplog, epoch=1) == []  # too few rows to tell
+    # One small shape again and again: 50 steps hold 2000 rows, but never more than 15 different ones.
+    assert alarms_of(usage(), [spread(40, 15)] * 300, caplog, epoch=1) == []
+
+
+def test_the_watch_goes_on_after_a_restart(caplog: pytest.LogCaptureFixture):
+    first, second = usage(), usage()
+    assert alarms_of(first, [COLLAPSED] * 60, caplog) == []
+    second.load_state_dict(first.state_dict())
+    assert alarms_of(second, [COLLAPSED] * 90, caplog) == [40]
+    third = usage()
+    third.load_state_dict(second.state_dict())
+    assert alarms_of(third, [COLLAPSED] * 90, caplog) == []
+
+
+def test_figures_of_an_epoch_are_of_all_its_steps():
+    watched = usage()
+    for step in range(70):  # a period and a part of one
+        counts = torch.zeros(4000, dtype=torch.int64)
+        counts[step] = 5
+        watched.add(counts)
+    assert watched.finish_epoch() == {
+        "epoch_perplexity": pytest.approx(70), "epoch_codes_used": 70, "epoch_share_used": 70 / 4000,
+        "epoch_dead_codes": 3930,
+    }
+    assert watched.finish_epoch()["epoch_codes_used"] == 0

@@ -87,6 +87,8 @@ def test_the_estimate_grows_with_what_is_kept():
     assert bytes_per_block(base, None) > 1.5 * half
     assert bytes_per_block({**base, "use_checkpoint": True}, "bf16") < 0.8 * half
     assert bytes_per_block({**base, "num_blocks_encoder": 8}, "bf16") > 1.2 * half
+    assert bytes_per_block({**base, "model_channels_decoder": 1024}, "bf16") > 1.5 * half
+    assert bytes_per_block({**base, "model_channels_encoder": 512, "num_blocks_decoder": 4}, "bf16") == half
 
 
 def test_running_out_of_memory_is_one_message(tmp_path: Path, prepared: Path, monkeypatch, caplog):

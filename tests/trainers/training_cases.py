@@ -84,12 +84,12 @@ def write_config(path: Path, config: dict) -> Path:
     return path
 
 
-def _run_training(arguments: list[str], environment: dict[str, str], output: str) -> None:
+def _run_training(arguments: list[str], output: str) -> None:
     os.setsid()
     with open(output, "w") as stream:
         for number in (1, 2):
             os.dup2(stream.fileno(), number)
-    os.environ.update(environment)
+    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     from trellis.trainers.launch import main
@@ -101,22 +101,16 @@ def _run_training(arguments: list[str], environment: dict[str, str], output: str
 class Training:
     """The training command in a process of its own, forked from one that has imported everything already."""
 
-    def __init__(self, config: Path, data: Path, run: Path, *options: str, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, config: Path, data: Path, run: Path, *options: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trellis.trainers.run", "torch.utils.tensorboard", "torch._dynamo"])
-        environment = {"OMP_NUM_THREADS": "1"}
-        if world > 1:
-            environment |= {
-                "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(20000 + os.getpid() % 10000),  # the same for all ranks of a test run
-            }
+        context.set_forkserver_preload(["trellis.trainers.run", "trellis.trainers.event_file", "torch._dynamo"])
         self.run = run
         run.parent.mkdir(parents=True, exist_ok=True)
-        self._output = run.parent / f"{run.name}_output{rank}_{time.monotonic_ns()}.txt"
+        self._output = run.parent / f"{run.name}_output{time.monotonic_ns()}.txt"
         arguments = [
             "--config", str(config), "--data_dir", str(data), "--output_dir", str(run), "--device", "cpu", *options
         ]
-        self.process = context.Process(target=_run_training, args=(arguments, environment, str(self._output)))
+        self.process = context.Process(target=_run_training, args=(arguments, str(self._output)))
         self.process.start()
 
     @property

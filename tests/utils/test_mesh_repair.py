@@ -189,6 +189,29 @@ def test_winding_of_points_counts_shells():
     assert winding_of_points(points, *shells).tolist() == [1, 2, 1, 0]
 
 
+def test_rays_through_edges_and_vertices_are_counted_once():
+    """Aligned boxes, and an octahedron with its tips above and below points of the grid: all rays meet edges."""
+    grid = np.stack(np.meshgrid(*[np.arange(-4.0, 5)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    box = trimesh.creation.box((6, 6, 6)).subdivide()
+    upper = [[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4]]
+    octahedron = trimesh.Trimesh(
+        [[3, 0, 0], [-3, 0, 0], [0, 3, 0], [0, -3, 0], [0, 0, 3], [0, 0, -3]], upper + [[b, a, 5] for a, b, _ in upper]
+    )
+    for mesh, size in ((box, np.abs(grid).max(axis=1)), (octahedron, np.abs(grid).sum(axis=1))):
+        off_surface = size != 3
+        found = winding_of_points(grid[off_surface], np.asarray(mesh.vertices), np.asarray(mesh.faces))
+        assert (found == (size[off_surface] < 3)).all()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_aligned_box_in_a_box_is_a_cavity(turned):
+    boxes = [trimesh.creation.box((side,) * 3) for side in (30, 10)]
+    big, small = ((np.asarray(box.vertices), np.asarray(box.faces)) for box in boxes)
+    v, f, report = clean_mesh(*joined(big, inverted(small) if turned else small))
+    assert signed_volume(v, f) == pytest.approx(30**3 - 10**3)
+    assert any("cavities" in action for action in report.actions)
+
+
 def test_inspect_counts_what_is_wrong():
     v, f = blob()
     broken = np.concatenate([f[3:], f[50:51], [[7, 7, 9]]])

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_DRAWS = 8
-
 
 @dataclass(frozen=True)
 class Crop:
@@ -16,7 +14,8 @@ class Crop:
 
     Attributes:
         keep: [M] bool, the blocks inside the box.
-        loss: [M] bool, False on kept blocks that lie on a side of the box where the shape goes on, True elsewhere.
+        loss: [M] bool, False on kept blocks that lie on a side of the box where the shape goes on (the rim of the cut,
+            one block wide), True elsewhere.
         low, high: [3] int64, the box's first and last block per axis (both inside).
     """
 
@@ -33,35 +32,52 @@ def crop_generator(seed: int, epoch: int, name: str) -> np.random.Generator:
 
 
 def draw_crop(block_index: np.ndarray, counts: np.ndarray, max_points: int, rng: np.random.Generator) -> Crop:
-    """Draw a box of whole blocks that holds at most `max_points` active voxels.
+    """Draw a box of whole blocks that holds at most `max_points` active voxels and at least one block with loss.
 
-    The box grows from a block drawn uniformly: first as a cube, then side by side as long as the budget allows. Boxes
-    with no block left for the loss are drawn again, up to 8 times; then the loss counts on the first drawn block alone.
+    The box grows from a block drawn uniformly among those that fit the budget together with their neighbours: first as
+    a cube, which holds these neighbours, then side by side as long as the budget allows. The drawn block is beside no
+    removed one, so it has loss; a block that does not fit with its neighbours could not have any in any box.
 
     Args:
         block_index: [M, 3] integers, M >= 1; counts: [M] active voxels of each block.
-        max_points: at least the count of any one block.
 
     Raises:
-        ValueError: no block, or a block with more than `max_points` active voxels.
+        ValueError: no block, or none that fits the budget with its neighbours (27 whole blocks hold 13,824 voxels).
     """
     index = np.asarray(block_index, dtype=np.int64)
     counts = np.asarray(counts, dtype=np.int64)
     if len(index) == 0:
         raise ValueError("a shape without blocks cannot be cropped")
-    largest = int(counts.max())
-    if largest > max_points:
-        raise ValueError(f"max_points must be at least {largest}, one block's active voxels, got {max_points}")
-    crop = None
-    for _ in range(_DRAWS):
-        seed_block = int(rng.integers(len(index)))
-        low, high = _grow_box(index, counts, max_points, seed_block, rng)
-        keep = _inside(index, low, high)
-        crop = Crop(keep, _loss_mask(index, keep, low, high), low, high)
-        if crop.loss[crop.keep].any():
-            return crop
-    crop.loss[seed_block] = True
-    return crop
+    seeds = np.arange(len(index))
+    if max_points < 27 * int(counts.max()):
+        needed = _counts_with_neighbours(index, counts)
+        seeds = np.flatnonzero(needed <= max_points)
+        if len(seeds) == 0:
+            raise ValueError(
+                f"max_points must be at least {needed.min()}, the active voxels of a block with its neighbours where "
+                f"they are fewest, since blocks beside a cut have no loss; got {max_points}"
+            )
+    low, high = _grow_box(index, counts, max_points, int(rng.choice(seeds)), rng)
+    keep = _inside(index, low, high)
+    return Crop(keep, _loss_mask(index, keep, low, high), low, high)
+
+
+def _counts_with_neighbours(index: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[M] int64, active voxels of each block and its neighbours at faces, edges and corners."""
+    place = index - index.min(axis=0) + 1
+    side = place.max(axis=0) + 2
+    keys = (place[:, 0] * side[1] + place[:, 1]) * side[2] + place[:, 2]
+    order = np.argsort(keys)
+    ordered, before = keys[order], np.concatenate([[0], np.cumsum(counts[order])])
+    total = np.zeros(len(index), dtype=np.int64)
+    for x in (-1, 0, 1):
+        for y in (-1, 0, 1):
+            middle = ordered + (x * side[1] + y) * side[2]  # the three neighbours along z are a run of keys
+            total += before[np.searchsorted(ordered, middle + 1, "right")]
+            total -= before[np.searchsorted(ordered, middle - 1, "left")]
+    by_row = np.empty_like(total)
+    by_row[order] = total
+    return by_row
 
 
 def _inside(index: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -57,7 +57,8 @@ class SparseSDF(Dataset):
         split: "train", "val", "test" or "all".
         min_points: shapes with fewer active voxels are refused, with one log line each.
         max_points: shapes with more active voxels are cropped to a box of whole blocks drawn from (seed, epoch, id);
-            at least 512.
+            at least 512, and enough for a block of the shape with its neighbours (13,824 always is), or reading the
+            shape is a ValueError.
         snapshot_mc_threshold: 0 alone is accepted, the surface is the 0 level.
         seed: of the crops.
         convert_unsigned: read old files of unsigned distances as double shells, instead of refusing them.
@@ -192,7 +193,10 @@ class SparseSDF(Dataset):
             counts = active_counts(blocks.block_sdf)
             if int(counts.sum()) > self.max_points:
                 rng = crop_generator(self.seed, epoch, item.sha256)
-                crop = draw_crop(blocks.block_index, counts, self.max_points, rng)
+                try:
+                    crop = draw_crop(blocks.block_index, counts, self.max_points, rng)
+                except ValueError as error:
+                    raise ValueError(f"{item.path}: {error}") from None
                 loss = crop.loss[crop.keep]
                 kept = {"block_index": blocks.block_index[crop.keep], "block_sdf": blocks.block_sdf[crop.keep]}
                 blocks = dataclasses.replace(blocks, **kept)

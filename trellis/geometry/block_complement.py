@@ -14,8 +14,6 @@ of K with the largest x cannot meet K again, so its ray ends at the border, or a
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks
 
@@ -114,9 +112,8 @@ class PaddedBlocks:
         pairs.append(np.stack([here, np.where(ahead >= 0, before, outside)]))
         a, b = np.concatenate(pairs, axis=1)
         assert (b >= 0).all(), "the block before the first existing one along +x is always in the shell"
-        graph = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=(count + 1, count + 1))
-        components, label = connected_components(graph, directed=False)
-        votes = np.zeros(components, dtype=np.int64)  # inside voxels minus outside voxels at its faces
+        label = component_labels(a, b, count + 1)
+        votes = np.zeros(count + 1, dtype=np.int64)  # inside voxels minus outside voxels at a component's faces
         for step, layer in _FACE_LAYERS.items():
             row = self.find(shell - np.array(step))
             touching = np.flatnonzero((row >= 0) & (row < m) & ~at_border)
@@ -135,3 +132,22 @@ class PaddedBlocks:
         before = self.find(self.coords[np.maximum(ahead, 0)] - (1, 0, 0)) - self.num_blocks
         assert (before[ahead >= 0] >= 0).all(), "coords must be blocks that do not exist"
         return np.where(ahead >= 0, self.shell_inside[np.maximum(before, 0)], False)
+
+
+def component_labels(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
+    """[count] int64, the smallest node of each node's component in the graph of edges a[i] - b[i].
+
+    In numpy alone, since training writes sample meshes and must not need SciPy. Every round hooks the roots of both
+    ends of each edge to the smaller one, flattens all trees by pointer jumping, and drops the edges within a tree.
+    """
+    label = np.arange(count)
+    while len(a):
+        low = np.minimum(a, b)
+        np.minimum.at(label, a, low)
+        np.minimum.at(label, b, low)
+        while not np.array_equal(flat := label[label], label):
+            label = flat
+        a, b = label[a], label[b]
+        apart = a != b
+        a, b = a[apart], b[apart]
+    return label

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-MAX_TABLE_BYTES = 64 << 20
+MAX_TABLE_BYTES, MAX_CARET_BYTES = 64 << 20, 4 << 20
 VALUE_COLUMNS = ("label", "value", "label_value", "labelvalue", "index", "id", "idx", "no", "no.", "key", "intensity")
 NAME_COLUMNS = ("name", "label_name", "labelname", "structure", "region", "roi", "description", "segment", "text")
 BACKGROUND_NAMES = ("background", "clear label", "unknown")
@@ -23,7 +24,7 @@ def read_label_names(path: str | Path) -> dict[int, str]:
     Args:
         path: nnU-Net's `dataset.json` (names to values, or the older values to names), any flat JSON of either kind, an
             ITK-SNAP label description, a FreeSurfer or Slicer colour table, or CSV/TSV/TXT with a value and a name
-            (with or without a header line).
+            in either order (with or without a header line).
 
     Raises:
         ValueError: no such file, no name in it, a value with two names, regions that join several labels.
@@ -57,6 +58,43 @@ def read_label_names(path: str | Path) -> dict[int, str]:
     if not names:
         raise ValueError(f"{path}: no label name found: lines of 'value name' or a JSON map are needed")
     return names
+
+
+def caret_label_names(xml: bytes) -> dict[int, str]:
+    """Label value -> name of a Caret volume extension, the form in which TotalSegmentator's multi-label files carry it.
+
+    `<CaretExtension><VolumeInformation Index="0"><LabelTable><Label Key="1" ...>spleen</Label>...`; of several volumes
+    the first one's. 0, values below it and empty names are left out.
+
+    Raises:
+        ValueError: more than MAX_CARET_BYTES, a document type (entities could read files or grow without end), not
+            well-formed, no label table, a key that is no whole number, a value with two names.
+    """
+    if len(xml) > MAX_CARET_BYTES:
+        raise ValueError(f"it may have at most {MAX_CARET_BYTES} bytes, got {len(xml)}")
+    try:
+        root = ElementTree.fromstring(xml.strip(b"\0 \t\r\n"), ElementTree.XMLParser(target=_PlainXml()))
+    except ElementTree.ParseError as error:
+        raise ValueError(f"not well-formed XML in line {error.position[0]}, column {error.position[1]}") from None
+    table = root.find("VolumeInformation/LabelTable")
+    if root.tag != "CaretExtension" or table is None:
+        raise ValueError("CaretExtension/VolumeInformation/LabelTable is missing")
+    names: dict[int, str] = {}
+    for label in table.findall("Label"):
+        key, name = label.get("Key", ""), "".join(label.itertext()).strip()
+        if not re.fullmatch(r"-?\d{1,18}", key):
+            raise ValueError(f"a label's Key must be a whole number, got {key[:40]!r}")
+        if names.get(int(key), name) != name:
+            raise ValueError(f"label {int(key)} has two names, {names[int(key)]!r} and {name!r}")
+        names[int(key)] = name
+    return {value: name for value, name in names.items() if value > 0 and name}
+
+
+class _PlainXml(ElementTree.TreeBuilder):
+    """A tree of a document without a document type, and so without entities of its own."""
+
+    def doctype(self, name: str, public_id: str | None, system_id: str | None) -> None:
+        raise ValueError("a document type is refused")
 
 
 def _from_json(text: str) -> list[tuple[int, str]]:
@@ -94,18 +132,37 @@ def _from_text(text: str) -> list[tuple[int, str]]:
     delimiter = next((d for d in "\t;," if all(d in line for line in lines)), None)
     if delimiter:
         return _from_table(list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True)))
-    return [pair for line in lines if (pair := _from_words(line))]
+    return _from_words([line.split() for line in lines])
 
 
-def _from_words(line: str) -> tuple[int, str] | None:
-    """'17 Left-Hippocampus 220 216 20 0' and '1 Precentral L 2001': the numbers after a name are no part of it."""
-    words = line.split()
-    if not re.fullmatch(r"\d+", words[0]):
-        return None  # a header or a heading
-    end = len(words)
-    while end > 2 and re.fullmatch(r"-?[\d.]+", words[end - 1]):
-        end -= 1
-    return int(words[0]), " ".join(words[1:end]).strip('"')
+def _from_words(lines: list[list[str]]) -> list[tuple[int, str]]:
+    """Lines of words, all with the value first or all with it last.
+
+    '17 Left-Hippocampus 220 216 20 0' and '1 Precentral L 2001': the numbers after a name are no part of it; lines that
+    begin with a word are headings. Where no line begins with a number, each ends in the one number that is its value,
+    but for a heading in the first line.
+    """
+    pairs = []
+    for words in lines:
+        if re.fullmatch(r"\d+", words[0]):
+            end = len(words)
+            while end > 2 and _is_number(words[end - 1]):
+                end -= 1
+            pairs.append((int(words[0]), " ".join(words[1:end]).strip('"')))
+    if pairs:
+        return pairs
+    last = [len(words) > 1 and re.fullmatch(r"\d+", words[-1]) is not None for words in lines]
+    if not any(last):
+        return []
+    for words, value_last in list(zip(lines, last))[0 if last[0] else 1 :]:
+        if not value_last or _is_number(words[-2]):
+            raise ValueError(f"a line must be a name and one whole number, got {' '.join(words)[:80]!r}")
+        pairs.append((int(words[-1]), " ".join(words[:-1]).strip('"')))
+    return pairs
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(r"-?[\d.]+", word) is not None
 
 
 def _from_table(rows: list[list[str]]) -> list[tuple[int, str]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from trellis.geometry.label_smoothing import fair_displacements, sheets_of
 from trellis.geometry.label_triangles import cut_quads, quad_centres, triangulate
-from trellis.geometry.label_volumes import components_beside, restore_volumes
+from trellis.geometry.label_volumes import CHUNK_VOXELS, components_beside, restore_volumes
 
 if TYPE_CHECKING:
     from trellis.geometry.volume import LabelVolume
@@ -64,14 +64,14 @@ def label_surfaces(
     if not wanted:
         return {}
 
-    cropped, origin = _padded_box_of(volume.data)
-    compact, values = _compact(cropped)
-    points, quads, sides = _surface_nets(compact, len(values))
+    box, origin = _padded_box_of(volume.data)
+    box = _compact(box, present)
+    points, quads, sides = _surface_nets(box, len(present))
     if smoothing_iterations and smoothing_reach_voxels:
         reach = smoothing_reach_voxels
         sheets = sheets_of(quads, len(points))
         moved = fair_displacements(points, quads, sides, sheets, iterations=smoothing_iterations, reach=reach)
-        beside, voxels = components_beside(compact, points, quads, sides)
+        beside, voxels = components_beside(box, points, quads, sides)
         moved = restore_volumes(moved, points, quads, beside, voxels, sheets, reach=reach)
         centres = quad_centres(moved, points, quads, sheets, reach=reach)
         points, faces, sides = triangulate(points + moved, quads, sides, sheets, centres)
@@ -79,8 +79,8 @@ def label_surfaces(
         faces, sides = cut_quads(points, quads)[0].reshape(-1, 3), np.repeat(sides, 2, axis=0)
     world = (points + origin) @ volume.affine[:3, :3].T + volume.affine[:3, 3]
     mirrored = np.linalg.det(volume.affine[:3, :3]) < 0
-    surfaces = _split_by_label(world, faces, sides, len(values), mirrored)
-    by_value = dict(zip(values, surfaces))
+    surfaces = _split_by_label(world, faces, sides, len(present), mirrored)
+    by_value = dict(zip(present, surfaces))
     return {label: by_value[label] for label in wanted}
 
 
@@ -101,16 +101,16 @@ def _padded_box_of(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.pad(data[inside], list(zip(before, after))), low
 
 
-def _compact(data: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Labels renumbered 1, 2, ... in ascending order (VTK keeps labels as doubles and looks them up one by one)."""
-    values = np.unique(data)
-    values = values[values != 0]
-    if values[-1] == len(values) and data.dtype in (np.uint8, np.uint16, np.int32):
-        return data, [int(v) for v in values]
-    table_type = np.uint8 if len(values) < 256 else np.uint16 if len(values) < 65536 else np.int32
-    compact = np.searchsorted(values, data).astype(table_type) + table_type(1)
-    compact[data == 0] = 0
-    return compact, [int(v) for v in values]
+def _compact(data: np.ndarray, labels: list[int]) -> np.ndarray:
+    """The `labels` (all that occur, ascending) renumbered 1, 2, ... (VTK keeps labels as doubles and looks them up one
+    by one)."""
+    if labels[-1] == len(labels) and data.dtype in (np.uint8, np.uint16, np.int32):
+        return data
+    values = np.array([0, *labels], dtype=data.dtype)
+    compact = np.empty(data.shape, np.uint8 if len(values) <= 256 else np.uint16 if len(values) <= 65536 else np.int32)
+    for x in range(len(data)):  # a slice at a time: the positions are int64
+        compact[x] = np.searchsorted(values, data[x])
+    return compact
 
 
 def _surface_nets(data: np.ndarray, label_count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -197,27 +197,58 @@ def threshold_surface(
     Raises:
         ValueError: no voxel lies within the bounds.
     """
+    points, faces = _zero_surface(_level_field(np.asarray(data), low, high))
+    affine = np.asarray(affine, dtype=np.float64)
+    if np.linalg.det(affine[:3, :3]) < 0:
+        faces = faces[:, ::-1]
+    return (points - 1) @ affine[:3, :3].T + affine[:3, 3], np.ascontiguousarray(faces)
+
+
+def _level_field(data: np.ndarray, low: float, high: float | None) -> np.ndarray:
+    """How far each voxel is within the bounds, as a share of the most that occurs, closed around.
+
+    Computed in float64 a slab at a time, so that the field itself is all that is held.
+
+    Returns:
+        [X + 2, Y + 2, Z + 2] float32 in Fortran order, which is VTK's; negative on the rim.
+    """
+    step = max(CHUNK_VOXELS // max(data.shape[0] * data.shape[1], 1), 1)
+    slabs = [slice(start, min(start + step, data.shape[2])) for start in range(0, data.shape[2], step)]
+
+    def within(slab: slice) -> np.ndarray:
+        values = data[:, :, slab].astype(np.float64)
+        return values - low if high is None else np.minimum(values - low, high - values)
+
+    most, reached = 1e-300, False
+    for slab in slabs:
+        part = within(slab)
+        most, reached = max(most, float(np.abs(part).max())), reached or bool((part >= 0).any())
+    if not reached:
+        bounds = f"{low}" if high is None else f"{low} to {high}"
+        lowest, highest = float(data.min()), float(data.max())
+        raise ValueError(f"no voxel reaches the threshold {bounds}: values lie in [{lowest}, {highest}]")
+    field = np.empty([n + 2 for n in data.shape], dtype=np.float32, order="F")
+    for slab in slabs:
+        part = within(slab) / most
+        # a voxel exactly on the level would give triangles without area
+        field[1:-1, 1:-1, slab.start + 1 : slab.stop + 1] = np.where(np.abs(part) < 1e-6, 1e-6, part)
+    for axis in range(3):
+        along = np.moveaxis(field, axis, 0)
+        inner = [slice(None) if done < axis else slice(1, -1) for done in range(3) if done != axis]
+        for rim, beside in ((0, 1), (-1, -2)):
+            along[rim, inner[0], inner[1]] = -np.abs(along[beside, inner[0], inner[1]])
+    return field
+
+
+def _zero_surface(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 0 level of a field in Fortran order: vertices [V, 3] float64 in index space, faces [F, 3] int64."""
     from vtkmodules.util.numpy_support import numpy_to_vtk, vtk_to_numpy
     from vtkmodules.vtkCommonDataModel import vtkImageData
     from vtkmodules.vtkFiltersCore import vtkFlyingEdges3D
 
-    values = np.asarray(data, dtype=np.float64)
-    field = values - low if high is None else np.minimum(values - low, high - values)
-    if not (field >= 0).any():
-        bounds = f"{low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"no voxel reaches the threshold {bounds}: values lie in [{values.min()}, {values.max()}]")
-    # a voxel exactly on the level would give triangles without area
-    tiny = 1e-6 * max(float(np.abs(field).max()), 1e-300)
-    field = np.where(np.abs(field) < tiny, tiny, field)
-    field = np.pad(field, 1, mode="edge")
-    for axis in range(3):
-        for end in (0, -1):
-            face = np.moveaxis(field, axis, 0)[end]
-            face[...] = -np.abs(face)
     image = vtkImageData()
     image.SetDimensions(*field.shape)
-    flat = np.ascontiguousarray(field.transpose(2, 1, 0)).reshape(-1)
-    image.GetPointData().SetScalars(numpy_to_vtk(flat, deep=0))
+    image.GetPointData().SetScalars(numpy_to_vtk(field.reshape(-1, order="F"), deep=0))
     contour = vtkFlyingEdges3D()
     contour.SetInputData(image)
     contour.SetValue(0, 0.0)
@@ -225,9 +256,5 @@ def threshold_surface(
     contour.ComputeScalarsOff()
     contour.Update()
     mesh = contour.GetOutput()
-    points = vtk_to_numpy(mesh.GetPoints().GetData()).astype(np.float64) - 1
-    faces = vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).astype(np.int64).reshape(-1, 3)
-    affine = np.asarray(affine, dtype=np.float64)
-    if np.linalg.det(affine[:3, :3]) < 0:
-        faces = faces[:, ::-1]
-    return points @ affine[:3, :3].T + affine[:3, 3], np.ascontiguousarray(faces)
+    points = vtk_to_numpy(mesh.GetPoints().GetData()).astype(np.float64)
+    return points, vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).astype(np.int64).reshape(-1, 3)

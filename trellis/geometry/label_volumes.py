@@ -11,6 +11,8 @@ MOST_STEPS = 10
 """Of Newton's method; a volume of many components of a voxel or two takes eight, others two to four."""
 GOOD_ENOUGH = 1e-3
 """Mean relative error of the components' volumes at which the steps end."""
+CHUNK_VOXELS = 1 << 20
+"""Voxels that are looked at together where that takes a copy of them in a larger type."""
 
 
 def components_beside(
@@ -34,7 +36,8 @@ def components_beside(
             continue
         mask = data[box] == label
         found, here = ndimage.label(mask)
-        np.copyto(component[box], found + count, where=mask)
+        found += count
+        np.copyto(component[box], found, where=mask)
         count += here
     # opposite corners: their middle is the middle of the edge between the two voxels that the quad parts
     middle = (points[quads[:, 0]] + points[quads[:, 2]]) / 2
@@ -43,7 +46,15 @@ def components_beside(
     one, other = component[low], component[high]
     first = data[low] == sides[:, 0]
     beside = np.stack([np.where(first, one, other), np.where(first, other, one)], axis=1)
-    return beside, np.bincount(component.reshape(-1), minlength=count + 1)
+    return beside, count_values(component, count + 1)
+
+
+def count_values(data: np.ndarray, length: int) -> np.ndarray:
+    """[length] int64: how often each of 0 to length - 1 occurs; as np.bincount, which works on a copy in int64."""
+    flat, counts = data.ravel(order="K"), np.zeros(length, dtype=np.int64)
+    for start in range(0, flat.size, CHUNK_VOXELS):
+        counts += np.bincount(flat[start : start + CHUNK_VOXELS], minlength=length)
+    return counts
 
 
 def restore_volumes(

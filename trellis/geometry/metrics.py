@@ -4,7 +4,8 @@ Definitions, since tools differ:
 
 - Dice and IoU count voxel centres of a grid (MedPy and MONAI count given masks; the meshes are scan-converted here).
 - `hd95` is the larger of the two directed 95th percentiles, over area (MONAI and DeepMind's surface-distance do so;
-  MedPy pools both directions first, which is never larger). `hd` is the same for the maximum.
+  MedPy pools both directions first, which is never larger). `hd` is the same for the maximum, over the samples and
+  every vertex: exact where a vertex lies farthest, else short of the true one by less than the way to a sample.
 - `assd` is the mean over both surfaces together, by area (MedPy's is the mean of the two directed means, which is
   `chamfer` here; DeepMind's gives the two directions).
 - `chamfer` is the mean of the two directed means of the distance, in mm. Works on generative models often add squared
@@ -37,6 +38,9 @@ from trellis.utils.mesh_merge import merge_identical_vertices
 
 Mesh = tuple[np.ndarray, np.ndarray]
 DEFAULT_SAMPLES = 100_000
+DISTANCES = ("hd", "hd95", "assd", "chamfer")
+"""Metrics that are given in mm and in voxels."""
+_CHUNK_POINTS = 1 << 17
 
 
 def evaluate_pair(
@@ -57,7 +61,7 @@ def evaluate_pair(
         to_world: [4, 4] frame of that cube; default: the truth's normalising frame (the prediction's if the truth is
             empty, 1 mm if both are).
         tolerances_mm: of the normalised surface Dice.
-        num_samples: area-uniform samples of each surface; as many of its vertices count for `hd` alone.
+        num_samples: area-uniform samples of each surface; for `hd` all its vertices count too.
         seed: of the samples; the same seed gives the same figures.
 
     Returns:
@@ -85,9 +89,22 @@ def evaluate_pair(
         row |= _empty_distances(pred is None and truth is None, side_mm, tolerances)
     else:
         row |= _distance_metrics(pred, truth, side_mm, voxel_mm, tolerances, num_samples, seed)
-    for name in ("hd", "hd95", "assd", "chamfer"):
-        row[f"{name}_voxels"] = row[f"{name}_mm"] / voxel_mm
-    return row | topology
+    return row | _in_voxels(row, voxel_mm) | topology
+
+
+def worst_metrics(resolution: int, side_mm: float, tolerances_mm: Sequence[float]) -> dict[str, Any]:
+    """What `evaluate_pair` gives an empty prediction, as far as that is known without the truth.
+
+    Args:
+        resolution: voxels per side of the cube; side_mm: its side. tolerances_mm: as in `evaluate_pair`.
+    """
+    distances = _empty_distances(False, side_mm, [float(t) for t in tolerances_mm])
+    row = {"dice": 0.0, "iou": 0.0, **distances, **_in_voxels(distances, side_mm / resolution)}
+    return row | {"volume_error_fraction": -1.0, "euler_match": False, "pred_is_empty": True}
+
+
+def _in_voxels(row: dict[str, Any], voxel_mm: float) -> dict[str, float]:
+    return {f"{name}_voxels": row[f"{name}_mm"] / voxel_mm for name in DISTANCES}
 
 
 def _check_mesh(mesh: Mesh | None, name: str) -> Mesh | None:
@@ -146,7 +163,7 @@ def _overlaps(a: int, b: int, both: int) -> dict[str, Any]:
 def _empty_distances(both: bool, side_mm: float, tolerances: list[float]) -> dict[str, Any]:
     worst = 0.0 if both else float(np.sqrt(3)) * side_mm
     share = float(both)
-    row: dict[str, Any] = {f"{name}_mm": worst for name in ("hd", "hd95", "assd", "chamfer")}
+    row: dict[str, Any] = {f"{name}_mm": worst for name in DISTANCES}
     row["chamfer_squared_grid"] = 2 * (worst / side_mm) ** 2
     row |= {f"nsd_{t:g}mm": share for t in tolerances}
     return row | dict.fromkeys(("f_score_1voxel", "precision_1voxel", "recall_1voxel", "normal_consistency"), share)
@@ -161,9 +178,7 @@ def _distance_metrics(
         points, face = sample_surface(vertices, faces, num_samples, seed, areas=own.areas)
         distance, closest = other.query(points)
         cosines.append(np.abs((own.normals[face] * other.normals[closest]).sum(axis=1)).mean())
-        if len(vertices) > num_samples:
-            vertices = vertices[np.random.default_rng(seed).choice(len(vertices), num_samples, replace=False)]
-        farthest.append(max(distance.max(), other.query(vertices)[0].max()))
+        farthest.append(max(distance.max(), _farthest(vertices, other)))
         distances.append(distance)
         areas.append(own.areas.sum())
     means = [d.mean() for d in distances]
@@ -186,6 +201,12 @@ def _distance_metrics(
     }
     row |= {f"nsd_{t:g}mm": weights @ share_within(t) for t in tolerances}
     return {name: float(value) for name, value in row.items()}
+
+
+def _farthest(points: np.ndarray, surface: ClosestTriangle) -> float:
+    """The largest distance from points [N, 3] to a surface; in parts, because meshes have millions of vertices."""
+    parts = (points[start : start + _CHUNK_POINTS] for start in range(0, len(points), _CHUNK_POINTS))
+    return max(float(surface.query(part)[0].max()) for part in parts)
 
 
 def _volume_and_topology(pred: Mesh | None, truth: Mesh | None) -> dict[str, Any]:

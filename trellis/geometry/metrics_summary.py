@@ -17,7 +17,7 @@ def summarise(
 
     The interval is a percentile bootstrap over patients, because shapes of one patient are not independent: patients
     are drawn with replacement, and all shapes of a drawn patient count (Davison & Hinkley 1997, section 3.8). Rows
-    without `patient_id` count as a patient each.
+    without `patient_id` count as a patient each. Of one patient alone there is no interval: both ends are None.
 
     Args:
         rows: one mapping a shape; numbers and bools are summarised, other values ignored. A column that is missing or
@@ -45,10 +45,12 @@ def summarise(
             raise ValueError(f"row {bad}: {column} must be finite, got {values[bad]}")
         values, owner = values[have], patient[have]
         sums, counts = np.bincount(owner, values, len(names)), np.bincount(owner, minlength=len(names))
-        drawn = counts[draws].sum(axis=1)
-        means = sums[draws].sum(axis=1)[drawn > 0] / drawn[drawn > 0]
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(means, (tail, 1 - tail))
+        low = high = None
+        if np.count_nonzero(counts) > 1:
+            drawn = counts[draws].sum(axis=1)
+            means = sums[draws].sum(axis=1)[drawn > 0] / drawn[drawn > 0]
+            tail = (1 - confidence) / 2
+            low, high = (float(end) for end in np.quantile(means, (tail, 1 - tail)))
         p05, median, p95 = np.quantile(values, (0.05, 0.5, 0.95))
         result[column] = {
             "n": int(have.sum()),
@@ -56,8 +58,8 @@ def summarise(
             "median": float(median),
             "p05": float(p05),
             "p95": float(p95),
-            "ci_low": float(low),
-            "ci_high": float(high),
+            "ci_low": low,
+            "ci_high": high,
         }
     return result
 

@@ -64,7 +64,7 @@ def label_boxes(data: np.ndarray, numbers: Sequence[int]) -> dict[int, Box]:
     if len(wanted) == 0:
         return {}
     if wanted[-1] < 1 << 16:
-        found = ndimage.find_objects(np.where(data <= wanted[-1], data, 0).astype(np.int32), int(wanted[-1]))
+        found = ndimage.find_objects(data, int(wanted[-1]))  # passes over larger numbers
         boxes = {int(number): found[number - 1] for number in wanted}
     else:
         at = np.searchsorted(wanted, data).clip(max=len(wanted) - 1)

@@ -6,13 +6,14 @@ import gzip
 import io
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from trellis.geometry.label_surfaces import label_surfaces, threshold_surface
-from trellis.geometry.volume_raw import RawVolume, affine_from_spacing, check_affine
+from trellis.geometry.label_volumes import CHUNK_VOXELS, count_values
+from trellis.geometry.volume_raw import RawVolume, check_affine, check_spacing
 from trellis.geometry.volume_readers import is_volume_file, read_raw_volume, volume_suffix
 from trellis.utils.io_utils import atomic_write
 
@@ -74,11 +75,10 @@ class IntensityVolume:
 
 def labels_of(volume: LabelVolume) -> list[int]:
     """Sorted label values that occur, background left out."""
-    data = volume.data
-    if data.dtype.itemsize <= 2:
-        values = np.flatnonzero(np.bincount(data.reshape(-1)))
+    if volume.data.dtype.itemsize <= 2:
+        values = np.flatnonzero(count_values(volume.data, int(volume.data.max(initial=0)) + 1))
     else:
-        values = np.unique(data)
+        values = np.unique(volume.data)
     return [int(v) for v in values if v != 0]
 
 
@@ -97,7 +97,10 @@ def read_volume(path: str | Path, *, spacing_mm: Spacing | None = None) -> Label
         ValueError: no such file, unknown suffix, truncated, more than one frame, no spacing, values that are not
             whole numbers >= 0, no label at all. Names file, rule and value.
     """
-    raw = read_raw_volume(path)
+    return _one_volume(read_raw_volume(path), path, spacing_mm)
+
+
+def _one_volume(raw: RawVolume, path: str | Path, spacing_mm: Spacing | None) -> LabelVolume:
     try:
         if raw.data.ndim != 3:
             what = "layers of segments" if raw.names else "frames or channels"
@@ -134,21 +137,20 @@ def read_label_layers(path: str | Path, *, spacing_mm: Spacing | None = None) ->
         return _masks_of_folder(path, files, spacing_mm)
     raw = read_raw_volume(path)
     if raw.data.ndim == 3:
-        return [read_volume(path, spacing_mm=spacing_mm)]
+        return [_one_volume(raw, path, spacing_mm)]
     try:
         affine = _affine(raw, spacing_mm)
         if raw.names:
             layers = [LabelVolume(as_labels(raw.data[..., i]), affine, n, raw.notes) for i, n in enumerate(raw.names)]
             return _distinct_values([layer for layer in layers if layer.data.any()], path)
-        masks = []
         for channel in range(raw.data.shape[3]):
             values = np.unique(as_labels(raw.data[..., channel]))
             if len(values) > 2 or (len(values) == 2 and values[0] != 0):
                 raise ValueError(f"channel {channel} must be a mask of 0 and one value, got {values[:5].tolist()}")
-            masks.append((channel + 1, raw.data[..., channel] != 0))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _stack_masks(masks, affine, {}, raw.notes, path)
+    masks = ((channel + 1, raw.data[..., channel] != 0) for channel in range(raw.data.shape[3]))
+    return _named_layers(_stack_masks(masks, path), affine, {}, raw.notes)
 
 
 def _distinct_values(layers: list[LabelVolume], path: Path) -> list[LabelVolume]:
@@ -170,40 +172,41 @@ def _distinct_values(layers: list[LabelVolume], path: Path) -> list[LabelVolume]
 
 
 def _masks_of_folder(path: Path, files: list[Path], spacing_mm: Spacing | None) -> list[LabelVolume]:
-    first: LabelVolume | None = None
-    names: dict[int, str] = {}
+    """One mask at a time is held beside the layers."""
+    affine: np.ndarray | None = None
+    shape: tuple[int, ...] = ()
 
     def masks() -> Iterator[tuple[int, np.ndarray]]:
-        nonlocal first
+        nonlocal affine, shape
         for value, file in enumerate(files, start=1):
-            raw = read_raw_volume(file)
-            try:
-                mask = LabelVolume(as_labels(raw.data), _affine(raw, spacing_mm))
-                present = labels_of(mask)
-                if len(present) > 1:
-                    raise ValueError(f"a mask of 0 and one value is needed in a folder of masks, got {present[:5]}")
-            except ValueError as error:
-                raise ValueError(f"{file}: {error}") from None
-            if first is None:
-                first = mask
-            elif mask.data.shape != first.data.shape or not np.allclose(mask.affine, first.affine, atol=1e-3):
+            mask, own = _read_mask(file, spacing_mm)
+            if affine is None:
+                affine, shape = own, mask.shape
+            elif mask.shape != shape or not np.allclose(own, affine, atol=1e-3):
                 raise ValueError(f"{file}: lies on another grid than {files[0].name}")
-            names[value] = file.name[: -len(volume_suffix(file))]
-            yield value, mask.data != 0
+            yield value, mask
 
-    stacked = list(masks())
-    assert first is not None
-    return _stack_masks(stacked, first.affine, names, (), path)
+    names = {value: file.name[: -len(volume_suffix(file))] for value, file in enumerate(files, start=1)}
+    layers = _stack_masks(masks(), path)
+    assert affine is not None
+    return _named_layers(layers, affine, names, ())
 
 
-def _stack_masks(
-    masks: Iterable[tuple[int, np.ndarray]],
-    affine: np.ndarray,
-    names: dict[int, str],
-    notes: tuple[str, ...],
-    path: Path,
-) -> list[LabelVolume]:
-    """Each mask in the first layer that has room for it; empty masks are left out."""
+def _read_mask(file: Path, spacing_mm: Spacing | None) -> tuple[np.ndarray, np.ndarray]:
+    """A mask file as bool [X, Y, Z], and its affine."""
+    raw = read_raw_volume(file)
+    try:
+        mask = LabelVolume(as_labels(raw.data), _affine(raw, spacing_mm))
+        present = labels_of(mask)
+        if len(present) > 1:
+            raise ValueError(f"a mask of 0 and one value is needed in a folder of masks, got {present[:5]}")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return mask.data != 0, mask.affine
+
+
+def _stack_masks(masks: Iterable[tuple[int, np.ndarray]], path: Path) -> list[np.ndarray]:
+    """Layers uint16 [X, Y, Z], each mask in the first that has room for it; empty masks are left out."""
     layers: list[np.ndarray] = []
     for value, mask in masks:
         if not mask.any():
@@ -215,10 +218,14 @@ def _stack_masks(
         room[mask] = value
     if not layers:
         raise ValueError(f"{path}: no labels: every voxel is 0")
-    return [
-        LabelVolume(layer, affine, {v: names[v] for v in np.unique(layer).tolist() if v in names}, notes)
-        for layer in layers
-    ]
+    return layers
+
+
+def _named_layers(
+    layers: list[np.ndarray], affine: np.ndarray, names: dict[int, str], notes: tuple[str, ...]
+) -> list[LabelVolume]:
+    volumes = [LabelVolume(layer, affine, {}, notes) for layer in layers]
+    return [replace(v, names={n: names[n] for n in labels_of(v) if n in names}) for v in volumes]
 
 
 def read_intensity(path: str | Path, *, spacing_mm: Spacing | None = None) -> IntensityVolume:
@@ -259,11 +266,10 @@ def _affine(raw: RawVolume, spacing_mm: Spacing | None) -> np.ndarray:
         )
     if spacing_mm is None:
         return raw.affine
-    given = affine_from_spacing(spacing_mm)
     if raw.affine is None:
-        return given
+        return raw.affine_with(spacing_mm)
     own = np.linalg.norm(raw.affine[:3, :3], axis=0)
-    if not np.allclose(own, np.diag(given)[:3], rtol=1e-3):
+    if not np.allclose(own, check_spacing(spacing_mm), rtol=1e-3):
         raise ValueError(f"it says that its spacing is {own.tolist()} mm, and {list(spacing_mm)} was given")
     return raw.affine
 
@@ -282,14 +288,16 @@ def as_labels(data: np.ndarray) -> np.ndarray:
     if low < 0 or high > np.iinfo(np.int32).max:
         raise ValueError(f"labels must be whole numbers from 0 to 2147483647, got values from {low} to {high}")
     if data.dtype.kind == "f":
-        broken = np.count_nonzero(data != np.rint(data))
+        flat = data.ravel(order="K")
+        parts = (flat[start : start + CHUNK_VOXELS] for start in range(0, flat.size, CHUNK_VOXELS))
+        broken = sum(int(np.count_nonzero(part != np.rint(part))) for part in parts)
         if broken:
             raise ValueError(
                 f"labels must be whole numbers, got {broken} voxels with fractions between {low} and {high}: an "
                 "intensity or probability volume needs a threshold"
             )
     smallest = next(t for t in (np.uint8, np.uint16, np.int32) if high <= np.iinfo(t).max)
-    return np.ascontiguousarray(data.astype(smallest))
+    return data.astype(smallest, order="C")
 
 
 def write_label_volume(path: str | Path, data: np.ndarray, affine: np.ndarray) -> None:

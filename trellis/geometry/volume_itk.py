@@ -1,4 +1,4 @@
-"""NRRD (Slicer segmentations too), MetaImage and DICOM series, through SimpleITK; its LPS becomes RAS."""
+"""NRRD (Slicer segmentations too) and MetaImage, through SimpleITK; its LPS becomes RAS."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from trellis.geometry.dicom_check import check_elements, is_dicom
 from trellis.geometry.volume_raw import RawVolume, check_affine, check_packing, check_size
 
 MAX_HEADER_BYTES = 1 << 20
-UNIFORM_SPACING_TOLERANCE_MM = 0.01
-"""How far DICOM slices may lie from even spacing; more means a missing or doubled slice."""
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From the LPS of ITK and DICOM."""
 
 
 def _text_header(path: Path, end: bytes) -> dict[str, str]:
@@ -21,7 +20,11 @@ def _text_header(path: Path, end: bytes) -> dict[str, str]:
     with open(path, "rb") as stream:
         head = stream.read(MAX_HEADER_BYTES)
     found = re.search(end, head, flags=re.MULTILINE)
-    text = head[: found.end() if found else len(head)].decode("latin-1")
+    head = head[: found.end() if found else len(head)]
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError:
+        text = head.decode("latin-1")
     pairs = (re.match(r"\s*([^:=#]+?)\s*(?:[:=]=?)\s*(.*)", line) for line in text.splitlines())
     return {m.group(1).lower(): m.group(2).strip() for m in pairs if m}
 
@@ -51,11 +54,11 @@ def _read_image(path: Path, held_bytes: int) -> Any:
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    _check_announced(reader, held_bytes)
+    check_announced(reader, held_bytes)
     return reader.Execute()
 
 
-def _check_announced(reader: Any, held_bytes: int) -> None:
+def check_announced(reader: Any, held_bytes: int) -> None:
     """ValueError if an image's information announces more bytes than can be packed into what the file holds."""
     import SimpleITK
 
@@ -69,7 +72,8 @@ def _check_announced(reader: Any, held_bytes: int) -> None:
     check_packing(needed, held_bytes)
 
 
-def _from_image(image: Any, notes: tuple[str, ...] = (), *, has_spacing: bool = True) -> RawVolume:
+def image_voxels(image: Any) -> np.ndarray:
+    """Voxels of a SimpleITK image, [X, Y, Z] or, with frames or channels, [X, Y, Z, L]."""
     import SimpleITK
 
     data = SimpleITK.GetArrayFromImage(image)
@@ -77,23 +81,25 @@ def _from_image(image: Any, notes: tuple[str, ...] = (), *, has_spacing: bool = 
         raise ValueError(f"voxels must be real numbers, got {image.GetPixelIDTypeAsString()}")
     vector = image.GetNumberOfComponentsPerPixel() > 1
     frames = data.shape[-1:] if vector else ()
-    data = data.transpose(*range(image.GetDimension() - 1, -1, -1), *([image.GetDimension()] if vector else []))
     dimension = image.GetDimension()
+    data = data.transpose(*range(dimension - 1, -1, -1), *([dimension] if vector else []))
     if dimension < 3:
         raise ValueError(f"three axes are needed, got shape {list(data.shape)}")
     if dimension > 3:  # time or layers last; SimpleITK gives four axes at most here
         if vector and data.shape[3] != 1:
             raise ValueError(f"one 3D volume is needed, got shape {list(data.shape)}")
         frames = frames or ((data.shape[3],) if data.shape[3] != 1 else ())
-    data = data.reshape(*data.shape[:3], *frames)
-    affine = None
-    if has_spacing:
-        direction = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
-        affine = np.eye(4)
-        affine[:3, :3] = direction * np.array(image.GetSpacing())[:3]
-        affine[:3, 3] = np.array(image.GetOrigin())[:3]
-        affine = check_affine(np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
-    return RawVolume(np.ascontiguousarray(data), affine, notes=notes)
+    return np.ascontiguousarray(data.reshape(*data.shape[:3], *frames))
+
+
+def _image_affine(image: Any) -> np.ndarray:
+    """[4, 4] float64, voxel index to LPS mm."""
+    dimension = image.GetDimension()
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
+    affine[:3, :3] *= np.array(image.GetSpacing())[:3]
+    affine[:3, 3] = np.array(image.GetOrigin())[:3]
+    return affine
 
 
 def read_nrrd(path: Path) -> RawVolume:
@@ -107,12 +113,38 @@ def read_nrrd(path: Path) -> RawVolume:
         held = path.stat().st_size
     _refuse_negative_spacing(header, "spacings")
     image = _read_image(path, held)
-    spaced = "space directions" in header or "spacings" in header
-    raw = _from_image(image, has_spacing=spaced)
-    if raw.affine is not None and "space directions" in header:
-        raw = RawVolume(raw.data, _nrrd_affine(header, raw.affine), notes=raw.notes)
-    names = _slicer_segments({key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}, raw.data)
-    return RawVolume(raw.data, raw.affine, names, raw.notes)
+    data, affine = image_voxels(image), TO_RAS @ _image_affine(image)
+    if "space directions" in header:
+        affine = _nrrd_affine(header, affine)
+    units = header.get("space units" if "space directions" in header else "units", "")
+    affine, notes = _in_mm(affine, re.findall(r'"([^"]*)"', units)[:3])  # a fourth may be of time
+    names = _slicer_segments({key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}, data)
+    if "space directions" in header or "spacings" in header:
+        return RawVolume(data, check_affine(affine), names, notes)
+    return RawVolume(data, None, names, notes, pose=affine)
+
+
+MM_PER_UNIT = {
+    "mm": 1.0, "millimeter": 1.0, "millimetre": 1.0, "cm": 10.0, "centimeter": 10.0, "centimetre": 10.0, "m": 1000.0,
+    "meter": 1000.0, "metre": 1000.0, "um": 0.001, "\u00b5m": 0.001, "\u03bcm": 0.001, "micron": 0.001,
+    "micrometer": 0.001, "micrometre": 0.001,
+}  # fmt: skip
+UNIT_NOT_KNOWN = ("", "?", "??", "???", "none", "nan")
+"""How NRRD and MetaImage write that a unit is not known; then it is taken for mm, as their readers do."""
+
+
+def _in_mm(affine: np.ndarray, units: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The affine [4, 4] in mm, and a note where it was not; ValueError for units that are not known or not one."""
+    stated = {unit.strip() for unit in units if unit.strip().lower() not in UNIT_NOT_KNOWN}
+    if not stated:
+        return affine, ()
+    scales = {MM_PER_UNIT.get(unit.lower().removesuffix("s")) for unit in stated}
+    scale = scales.pop()
+    if scale is None or scales:
+        raise ValueError(f"one unit of length is needed, of mm, cm, m and um, got {sorted(stated)}")
+    if scale == 1:
+        return affine, ()
+    return np.diag([scale, scale, scale, 1.0]) @ affine, (f"the header's unit is {stated.pop()}: converted to mm",)
 
 
 def _nrrd_affine(header: dict[str, str], fallback: np.ndarray) -> np.ndarray:
@@ -131,7 +163,7 @@ def _nrrd_affine(header: dict[str, str], fallback: np.ndarray) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = np.array(columns).T
     affine[:3, 3] = origin
-    return check_affine(np.diag([*to_ras, 1.0]) @ affine)
+    return np.diag([*to_ras, 1.0]) @ affine
 
 
 def _slicer_segments(meta: dict[str, str], data: np.ndarray) -> tuple[dict[int, str], ...]:
@@ -159,7 +191,11 @@ def read_metaimage(path: Path) -> RawVolume:
     _refuse_negative_spacing(header, "elementspacing", "elementsize")
     held = _check_data_file(path, header["elementdatafile"])
     spaced = "elementspacing" in header or "elementsize" in header
-    return _from_image(_read_image(path, held), has_spacing=spaced)
+    image = _read_image(path, held)
+    affine, notes = _in_mm(TO_RAS @ _image_affine(image), [header.get("distanceunits", "")])
+    if spaced:
+        return RawVolume(image_voxels(image), check_affine(affine), notes=notes)
+    return RawVolume(image_voxels(image), None, notes=notes, pose=affine)
 
 
 def _check_meta_header(header: dict[str, str]) -> None:
@@ -183,48 +219,3 @@ def _refuse_negative_spacing(header: dict[str, str], *names: str) -> None:
     for name in names:
         if re.search(r"(?<![\deE])-\s*\.?\d", header.get(name, "")):
             raise ValueError(f"{name} must be above 0, got {header[name][:60]!r}")
-
-
-def read_dicom_folder(path: Path) -> RawVolume:
-    """A folder with the slices of one DICOM series (sub-folders are not searched)."""
-    import SimpleITK
-
-    slices = sorted(file for file in path.iterdir() if file.name.upper() != "DICOMDIR" and is_dicom(file))
-    for number, file in enumerate(slices, start=1):
-        try:
-            check_elements(file)
-        except ValueError as error:
-            raise ValueError(f"file {number} of {len(slices)}: {error}") from None
-    series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-    if len(series) != 1:
-        raise ValueError(f"a folder with one DICOM series is needed, got {len(series)} series")
-    files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])
-    left_out = {file.name for file in slices} - {Path(name).name for name in files}
-    if left_out:
-        raise ValueError(f"{len(left_out)} of {len(slices)} DICOM files cannot be read as slices of its series")
-    reader = SimpleITK.ImageFileReader()
-    positions, normal, sizes = [], None, set()
-    for name in files:
-        reader.SetFileName(name)
-        reader.ReadImageInformation()
-        _check_announced(reader, Path(name).stat().st_size)
-        direction = np.array(reader.GetDirection()).reshape(3, 3)
-        normal = direction[:, 2] if normal is None else normal
-        positions.append(float(np.dot(reader.GetOrigin(), normal)))
-        sizes.add(tuple(reader.GetSize()))
-        if not reader.HasMetaDataKey("0028|0030") and not reader.HasMetaDataKey("5200|9229"):
-            raise ValueError(f"slice {len(positions)} has no pixel spacing")
-    if len(sizes) != 1:
-        raise ValueError(f"all slices must have one size, got {sorted(sizes)}")
-    check_size((*next(iter(sizes))[:2], len(files)) if len(files) > 1 else next(iter(sizes)))
-    gaps = np.diff(positions)
-    if len(gaps) and np.abs(gaps - gaps.mean()).max() > UNIFORM_SPACING_TOLERANCE_MM:
-        raise ValueError(
-            f"slices must be evenly spaced, got gaps from {gaps.min():.3f} to {gaps.max():.3f} mm: one is missing or "
-            "double"
-        )
-    if len(files) == 1:
-        return _from_image(SimpleITK.ReadImage(files[0]))
-    stack = SimpleITK.ImageSeriesReader()
-    stack.SetFileNames(files)
-    return _from_image(stack.Execute())

@@ -33,6 +33,8 @@ class RawVolume:
     Attributes:
         data: [X, Y, Z], any numeric dtype; with several frames or layers [X, Y, Z, L].
         affine: [4, 4] float64, voxel index to RAS mm; None where the file has no spacing.
+        pose: [4, 4] float64, directions of the voxel axes (of any length) and origin in RAS mm, for a file that has
+            these but no spacing.
         names: per layer, label value -> name; empty where the file names none.
         notes: what a user should know about the header, in words.
     """
@@ -40,7 +42,14 @@ class RawVolume:
     data: np.ndarray
     affine: np.ndarray | None
     names: tuple[dict[int, str], ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    pose: np.ndarray = field(default_factory=lambda: np.eye(4))
+
+    def affine_with(self, spacing_mm: object) -> np.ndarray:
+        """[4, 4] float64: the pose with a spacing [3] in mm along the array axes."""
+        affine = self.pose.copy()
+        affine[:3, :3] *= check_spacing(spacing_mm) / np.linalg.norm(affine[:3, :3], axis=0)
+        return check_affine(affine)
 
 
 def check_size(shape: tuple[int, ...]) -> None:
@@ -89,11 +98,16 @@ def check_affine(affine: np.ndarray) -> np.ndarray:
     return affine
 
 
-def affine_from_spacing(spacing_mm: object) -> np.ndarray:
-    """[4, 4] float64: index 0 at the origin, axes as RAS."""
+def check_spacing(spacing_mm: object) -> np.ndarray:
+    """The spacing as [3] float64; ValueError unless it is three positive numbers."""
     spacing = np.asarray(spacing_mm)
     if spacing.shape != (3,) or spacing.dtype.kind not in "iuf":
         raise ValueError(f"spacing_mm must be three numbers, got {spacing_mm!r}")
     if not np.isfinite(spacing).all() or (spacing <= 0).any():
         raise ValueError(f"spacing_mm must be positive, got {spacing.tolist()}")
-    return check_affine(np.diag([*spacing.astype(np.float64), 1.0]))
+    return spacing.astype(np.float64)
+
+
+def affine_from_spacing(spacing_mm: object) -> np.ndarray:
+    """[4, 4] float64: index 0 at the origin, axes as RAS."""
+    return check_affine(np.diag([*check_spacing(spacing_mm), 1.0]))

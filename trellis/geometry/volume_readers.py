@@ -5,14 +5,18 @@ from __future__ import annotations
 import gzip
 import logging
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from trellis.geometry.volume_itk import read_dicom_folder, read_metaimage, read_nrrd
+from trellis.geometry.label_names import caret_label_names
+from trellis.geometry.volume_dicom import read_dicom_folder
+from trellis.geometry.volume_itk import read_metaimage, read_nrrd
 from trellis.geometry.volume_raw import (
     CONFLICT_MM,
     MAX_VOXELS,
@@ -26,8 +30,17 @@ from trellis.utils.io_utils import check_npy_header, unreadable
 
 log = logging.getLogger(__name__)
 
+MGH_DEFAULT_AXES = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+"""FreeSurfer's for volumes without geometry (setDirectionCosine, coronal): x to the left, y down, z to the front."""
+CARET_CODES = (0, 30)
+"""Codes of header extensions that may hold Caret XML: 30 is Caret's, and TotalSegmentator writes 0."""
+
+
 def read_nifti(path: Path) -> RawVolume:
-    """NIfTI-1, NIfTI-2 and Analyze pairs' .nii: sform if its code is positive, else qform, else spacing alone."""
+    """NIfTI-1, NIfTI-2 and Analyze pairs' .nii: sform if its code is positive, else qform, else spacing alone.
+
+    Names of labels come from a Caret label table in the header's extensions, as TotalSegmentator writes it.
+    """
     import nibabel
 
     image = nibabel.load(path)
@@ -36,14 +49,47 @@ def read_nifti(path: Path) -> RawVolume:
     header = image.header
     shape = frames_last(image.shape)
     _check_nibabel_bytes(path, image)
+    spaced = _has_spacing(path, type(header))
+    if not spaced:
+        header["pixdim"][1:4] = 1  # the qform's directions and origin stay
     affine, notes = _nifti_affine(header, shape)
     unit = header.get_xyzt_units()[0]
     scale = {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)
     if scale != 1:
         notes.append(f"the header's unit is {unit}: converted to mm")
         affine = np.diag([scale, scale, scale, 1.0]) @ affine
+    names, name_notes = _caret_names(header) if len(shape) == 3 else ((), [])
     data = np.asanyarray(image.dataobj).reshape(shape)
-    return RawVolume(data, check_affine(affine), notes=tuple(notes))
+    if spaced or header.get_sform(coded=True)[1] > 0:
+        return RawVolume(data, check_affine(affine), names, (*notes, *name_notes))
+    return RawVolume(data, None, names, (*notes, *name_notes), pose=affine)
+
+
+def _has_spacing(path: Path, header_type: Any) -> bool:
+    """Whether the stored header has three voxel sizes above 0; nibabel's image has them repaired in silence."""
+    with _opened(path) as stream:
+        raw = header_type(stream.read(header_type.template_dtype.itemsize), check=False)
+    spacing = raw["pixdim"][1:4]
+    return bool((np.isfinite(spacing) & (spacing > 0)).all())
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file, unpacked where its suffix says that it is packed."""
+    return gzip.open(path) if path.suffix.lower() in (".gz", ".mgz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _caret_names(header: object) -> tuple[tuple[dict[int, str], ...], list[str]]:
+    """Label names of the first header extension that is a Caret label table, and what is wrong with it."""
+    for extension in header.extensions:  # type: ignore[attr-defined]
+        # nibabel from 5.3 on has the bytes as `content`, and its get_content() cannot read what it has no class for
+        content = extension.content if hasattr(extension, "content") else extension.get_content()
+        if extension.get_code() not in CARET_CODES or not isinstance(content, bytes) or b"<LabelTable" not in content:
+            continue
+        try:
+            return (caret_label_names(content),), []
+        except ValueError as error:
+            return (), [f"the label table in the header's extension is not used: {error}"]
+    return (), []
 
 
 def _check_nibabel_bytes(path: Path, image: object) -> None:
@@ -100,7 +146,18 @@ def read_mgh(path: Path) -> RawVolume:
         raise ValueError(f"an MGH image is needed, got {type(image).__name__}")
     shape = frames_last(image.shape)
     _check_nibabel_bytes(path, image)
-    return RawVolume(np.asanyarray(image.dataobj).reshape(shape), check_affine(image.affine))
+    data = np.asanyarray(image.dataobj).reshape(shape)
+    with _opened(path) as stream:
+        has_geometry = struct.unpack(">28xh", stream.read(30))[0] != 0  # goodRASFlag
+    if not has_geometry:
+        affine = np.eye(4)
+        affine[:3, :3] = MGH_DEFAULT_AXES
+        affine[:3, 3] = -affine[:3, :3] @ shape[:3] / 2
+        note = "the header has no geometry: 1 mm, coronal, centred, as FreeSurfer does"
+        return RawVolume(data, affine, notes=(note,))
+    if not (image.header["delta"] > 0).all():
+        raise ValueError(f"voxel spacing must be above 0, got {image.header['delta'].tolist()} mm")
+    return RawVolume(data, check_affine(image.affine))
 
 
 def read_npy(path: Path) -> RawVolume:
@@ -176,7 +233,7 @@ def is_volume_file(path: str | Path) -> bool:
 def _one_line(error: Exception) -> str:
     """An error's words; of ITK's multi-line reports, which carry source paths and addresses, the description."""
     text = str(error) or type(error).__name__
-    found = re.search(r"ITK ERROR: (?:\w+\([^)]*\): )?(.*)", text)
+    found = re.search(r"(?:ITK |itk::)ERROR: (?:\w+\([^)]*\): )?(.*)", text, flags=re.DOTALL)
     return " ".join((found.group(1) if found else text).split())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.utils.io_utils import atomic_write, write_json
 
 PREFIXES = ("module.", "vae.")
+QUANTIZER = "quantizer."
+CODEBOOK = "quantizer.codebook"
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,19 @@ class Report:
         loaded: names taken from the file. new: names of the model that the file does not have (the codebook).
         mismatched: lines "name: why" for tensors of the file that do not fit the model.
         fitting_config: the model arguments that the file was made with, as far as its shapes tell.
+        refused: nothing was taken; `loaded` are the names that would fit.
     """
 
     loaded: list[str]
     new: list[str]
     mismatched: list[str]
     fitting_config: dict[str, int] = field(default_factory=dict)
+    refused: bool = False
 
     def text(self) -> str:
         """A few lines for a person."""
-        lines = [f"{len(self.loaded)} tensors loaded, {len(self.new)} new, {len(self.mismatched)} do not fit"]
+        fate = "would fit" if self.refused else "loaded"
+        lines = [f"{len(self.loaded)} tensors {fate}, {len(self.new)} new, {len(self.mismatched)} do not fit"]
         if self.new:
             lines.append("new: " + ", ".join(self.new))
         lines += [f"does not fit: {line}" for line in self.mismatched]
@@ -59,7 +65,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     beyond tensors and plain containers.
 
     Raises:
-        ValueError: no such file, an unknown suffix, a damaged file, or one without tensors.
+        ValueError: no such file, an unknown suffix, a damaged file, one without tensors, or one with two names for a
+            tensor.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,10 +87,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a state dict is needed, got {type(content).__name__}")
-    tensors = {_strip(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors; keys: {sorted(content)[:8]}")
-    return tensors
+    names: dict[str, str] = {}
+    for name in (name for name, value in content.items() if isinstance(value, Tensor)):
+        short = _strip(name)
+        if short in names:
+            raise ValueError(f"{path}: a tensor must have one name, got {names[short]!r} and {name!r} for {short!r}")
+        names[short] = name
+    if not names:
+        raise ValueError(f"{path}: holds no tensors; keys: {sorted(map(str, content))[:8]}")
+    return {short: content[name] for short, name in names.items()}
 
 
 def _strip(name: str) -> str:
@@ -97,67 +109,78 @@ def _strip(name: str) -> str:
 
 
 def _fitting_config(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Channels, latent size and blocks that a file's shapes tell."""
+    """Channels, latent size and blocks that a file's shapes tell; one value where encoder and decoder agree."""
     config: dict[str, int] = {}
-    if "encoder.input_layer.weight" in tensors:
-        config["model_channels"] = tensors["encoder.input_layer.weight"].shape[0]
-    if "decoder.input_layer.weight" in tensors:
-        config["latent_channels"] = tensors["decoder.input_layer.weight"].shape[1]
-    for part in ("encoder", "decoder"):
-        numbers = {
-            int(name.split(".")[2]) for name in tensors if name.startswith(f"{part}.blocks.")
-        }
-        if numbers:
-            config[f"num_blocks_{part}"] = max(numbers) + 1
-    if config.get("num_blocks_encoder") == config.get("num_blocks_decoder") and "num_blocks_encoder" in config:
-        config["num_blocks"] = config.pop("num_blocks_encoder")
-        config.pop("num_blocks_decoder")
-    if "quantizer.codebook" in tensors:
-        config["num_embeddings"] = tensors["quantizer.codebook"].shape[0]
+    for key, of_part in (("model_channels", _channels), ("num_blocks", _count_blocks)):
+        values = {f"{key}_{part}": of_part(tensors, part) for part in ("encoder", "decoder")}
+        known = {name: value for name, value in values.items() if value is not None}
+        if len(known) == 2 and len(set(known.values())) == 1:
+            known = {key: next(iter(known.values()))}
+        config |= known
+    for key, name, axis in (("latent_channels", "decoder.input_layer.weight", 1), ("num_embeddings", CODEBOOK, 0)):
+        if (size := _size(tensors, name, axis)) is not None:
+            config[key] = size
     return config
+
+
+def _channels(tensors: dict[str, Tensor], part: str) -> int | None:
+    return _size(tensors, f"{part}.input_layer.weight", 0)
+
+
+def _count_blocks(tensors: dict[str, Tensor], part: str) -> int | None:
+    matches = (re.match(rf"{part}\.blocks\.(\d+)\.", name) for name in tensors)
+    return max((int(match[1]) + 1 for match in matches if match), default=None)
+
+
+def _size(tensors: dict[str, Tensor], name: str, axis: int) -> int | None:
+    return tensors[name].shape[axis] if name in tensors and tensors[name].ndim > axis else None
 
 
 def load_direct3d(model: SparseSDFVQVAE, path: str | Path, partial: bool = False) -> Report:
     """Load Direct3D-S2 autoencoder weights (or a VQ-VAE's own) into `model`; all that fits, or nothing.
 
     Only the quantizer's tensors may be absent from the file; anything else that is missing, left over or of another
-    shape is a misfit.
+    shape is a misfit. The quantizer's state goes with its codebook: a codebook without it starts it anew, and without
+    a codebook that fits none of it is taken.
 
     Args:
         partial: load what fits and report the rest, instead of refusing.
 
     Raises:
-        PretrainedMismatch: something does not fit and `partial` is false; the model is unchanged.
+        PretrainedMismatch: something does not fit and `partial` is false, or nothing fits; the model is unchanged.
         ValueError: the file cannot be read.
     """
     tensors = read_state_dict(path)
     own = model.state_dict()
-    loaded, mismatched = [], []
-    for name, value in sorted(tensors.items()):
-        if name not in own:
-            mismatched.append(f"{name}: the model has no such tensor, the file's is {list(value.shape)}")
-        elif own[name].shape != value.shape:
-            mismatched.append(f"{name}: the model's is {list(own[name].shape)}, the file's {list(value.shape)}")
-        elif not bool(torch.isfinite(value.float()).all()):
-            mismatched.append(f"{name}: the file's values are not finite")
-        else:
-            loaded.append(name)
+    problems = {name: _misfit(name, value, own) for name, value in sorted(tensors.items())}
+    if problems.get(CODEBOOK, "absent") is not None:
+        state = [name for name in problems if name.startswith(QUANTIZER) and problems[name] is None]
+        problems |= {name: "the state of a codebook that is not loaded" for name in state}
+    loaded = [name for name, problem in problems.items() if problem is None]
+    mismatched = [f"{name}: {problem}" for name, problem in problems.items() if problem is not None]
     absent = [name for name in own if name not in tensors]
-    new = [name for name in absent if name.startswith("quantizer.")]
-    mismatched += [f"{name}: not in the file" for name in absent if not name.startswith("quantizer.")]
-    report = Report(loaded, new, mismatched, _fitting_config(tensors))
-    if (mismatched and not partial) or not loaded:
+    new = [name for name in absent if name.startswith(QUANTIZER)]
+    mismatched += [f"{name}: not in the file" for name in absent if not name.startswith(QUANTIZER)]
+    refused = bool(mismatched and not partial) or not loaded
+    report = Report(loaded, new, mismatched, _fitting_config(tensors), refused)
+    if refused:
+        hint = " (pretrained_partial: true loads what fits)" if loaded else ""
         raise PretrainedMismatch(
-            f"{path}: does not fit this model, and nothing was loaded (pretrained_partial: true loads what fits)\n"
-            + report.text(),
-            report,
+            f"{path}: does not fit this model, and nothing was loaded{hint}\n{report.text()}", report
         )
-    with torch.no_grad():
-        for name in loaded:
-            own[name].copy_(tensors[name])
-        if "quantizer.codebook" in loaded and "quantizer.initialized" not in loaded:
-            model.quantizer.initialized.fill_(True)
+    model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return report
+
+
+def _misfit(name: str, value: Tensor, own: dict[str, Tensor]) -> str | None:
+    """Why a file's tensor cannot be taken; None where it can."""
+    if name not in own:
+        return f"the model has no such tensor, the file's is {list(value.shape)}"
+    if own[name].shape != value.shape:
+        return f"the model's is {list(own[name].shape)}, the file's {list(value.shape)}"
+    if not bool(torch.isfinite(value.float()).all()):
+        return "the file's values are not finite"
+    return None
 
 
 def save_pretrained(model: SparseSDFVQVAE, folder: str | Path) -> None:

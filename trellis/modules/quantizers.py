@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,6 +189,25 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("unused_steps", torch.zeros(num_embeddings, dtype=torch.long))
         self._pending: _Pending | None = None
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As any module, and a codebook that comes without the rest of its state starts that anew."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}codebook" not in state_dict:
+            return
+        absent = {name for name, _ in self.named_buffers() if prefix + name not in state_dict}
+        with torch.no_grad():
+            if absent & {"ema_count", "ema_sum"}:
+                self._start_averages()
+            if "unused_steps" in absent:
+                self.unused_steps.zero_()
+            if "initialized" in absent:
+                self.initialized.fill_(True)
+
+    def _start_averages(self) -> None:
+        """Moving averages whose quotient is the codebook: each code as one row that fell on it."""
+        self.ema_count.fill_(1)
+        self.ema_sum.copy_(self.codebook)
+
     def lookup(self, ids: Tensor) -> Tensor:
         """Codes [N, L] float32 of ids [N]; ValueError for an id outside [0, K)."""
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_embeddings):
@@ -310,8 +330,7 @@ class VectorQuantizer(nn.Module):
             dist.broadcast(centres, src=0)
         self.codebook.copy_(centres)
         if self.use_ema_update:
-            self.ema_count.fill_(1)
-            self.ema_sum.copy_(centres)
+            self._start_averages()
         self.unused_steps.zero_()
         self.initialized.fill_(True)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +15,11 @@ import numpy as np
 from trellis.pipelines.label_volume import (
     LabelPainter,
     VolumeGrid,
-    label_numbers,
+    label_values,
     write_label_table,
-    write_nifti,
 )
 from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
-from trellis.pipelines.token_files import TOKEN_SUFFIX, Tokens, load_tokens, save_tokens
+from trellis.pipelines.token_files import TOKEN_SUFFIX, Tokens, load_tokens, read_token_metadata, save_tokens
 from trellis.pipelines.tokenizer import NO_SURFACE, SparseSDFTokenizer
 from trellis.preparation.privacy import scrub
 from trellis.utils.io_utils import atomic_write, sha256_of_file
@@ -137,11 +137,14 @@ def _is_done(path: Path, shape: ShapeInput, tokenizer: SparseSDFTokenizer) -> bo
     )  # fmt: skip
 
 
-def token_paths(inputs: Sequence[str | Path]) -> list[Path]:
+def token_paths(inputs: Sequence[str | Path], patient: str | None = None) -> list[Path]:
     """Token files from files and folders (all *.safetensors directly in a folder), without repeats.
 
+    Args:
+        patient: only files of this patient id, and those that cannot be read, of which decoding says why.
+
     Raises:
-        ValueError: a path that is not there, or a folder without token files.
+        ValueError: a path that is not there, a folder without token files, or no file of that patient.
     """
     paths: list[Path] = []
     for given in inputs:
@@ -155,7 +158,28 @@ def token_paths(inputs: Sequence[str | Path]) -> list[Path]:
             paths.append(path)
         else:
             raise ValueError(f"{path}: no such file")
-    return list(dict.fromkeys(paths))
+    paths = list(dict.fromkeys(paths))
+    if patient is None:
+        return paths
+    owners = {path: _patient_of(path) for path in paths}
+    if patient not in owners.values():
+        raise ValueError(f"no token file is of patient {patient!r}; {_patients(owners.values())}")
+    return [path for path, owner in owners.items() if owner in (patient, None)]
+
+
+def _patient_of(path: Path) -> str | None:
+    """The patient id of a token file, empty where it does not say; None for a file that cannot be read."""
+    try:
+        return read_token_metadata(path).get("patient_id", "")
+    except ValueError:
+        return None
+
+
+def _patients(owners: Iterable[str | None]) -> str:
+    """Which patients there are, for a message."""
+    found = sorted({owner for owner in owners if owner})
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return f"the tokens are of {', '.join(found[:5])}{more}" if found else "the tokens do not say whose they are"
 
 
 def decode_many(
@@ -166,6 +190,7 @@ def decode_many(
     file_format: str = "stl",
     mesh_space: str = "LPS",
     grid: VolumeGrid | None = None,
+    patient: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Outcome:
     """Write a mesh, or a mask on a volume's grid, for every token file, under the same stem.
@@ -173,6 +198,7 @@ def decode_many(
     Args:
         file_format: one of `MESH_FORMATS`, or "nii.gz", which needs `grid`.
         mesh_space: "LPS" or "RAS", of the meshes that are written (they are tagged).
+        patient: only token files of this patient id.
 
     Raises:
         ValueError: an unknown format, a missing grid, or inputs that are not there; nothing is done then.
@@ -185,7 +211,7 @@ def decode_many(
     if file_format != VOLUME_FORMAT and grid is not None:
         raise ValueError(f"--like and --spacing-mm belong to format nii.gz, got format {file_format!r}")
     out, outcome = Path(out), Outcome()
-    paths = token_paths(inputs)
+    paths = token_paths(inputs, patient)
     twice = sorted({path.stem for path in paths if [p.stem for p in paths].count(path.stem) > 1})
     if twice:
         raise ValueError(f"two token files have the stem {twice[0]!r}: decode them into different folders")
@@ -207,47 +233,72 @@ def decode_together(
     path: str | Path,
     grid: VolumeGrid,
     *,
+    patient: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Outcome:
-    """Write the shapes of all token files (of one patient) as one label volume, and its table beside it as CSV.
+    """Write the shapes of all token files, which are one patient's, as one label volume.
 
-    Where shapes overlap the smaller one keeps the voxel. Values are those of `label_numbers`.
+    Values are those of `label_values`; a table of them (value, name) is written beside the volume as CSV, where a
+    preparation finds it. Where shapes overlap the smaller one keeps the voxel; shapes of one label are united, with a
+    warning.
 
     Args:
-        path: of the volume, .nii.gz. grid: the reference's.
+        path: of the volume, .nii.gz. grid: the reference's. patient: only token files of this patient id.
 
     Raises:
-        ValueError: a path of another kind, no reference, or inputs that are not there.
+        ValueError: a path of another kind, no reference, inputs that are not there, or tokens of several patients.
     """
+    from trellis.geometry.volume import write_label_volume
+
     path = Path(path)
     if not path.name.endswith(f".{VOLUME_FORMAT}"):
         raise ValueError(f"{path}: a label volume is written as .{VOLUME_FORMAT}")
     if grid.shape is None or grid.affine is None:
         raise ValueError("one volume for all shapes needs --like REFERENCE: shapes have no grid in common")
-    paths, outcome, rows = token_paths(inputs), Outcome(), []
-    painter = LabelPainter(grid.shape)
+    paths, outcome = token_paths(inputs, patient), Outcome()
     found: list[tuple[Path, Tokens]] = []
     for token_path in paths:
         try:
             found.append((token_path, load_tokens(token_path)))
         except HANDLED as error:
             outcome.failures.append(Failure(str(token_path), token_path.stem, "read", one_line(error)))
-    numbers = label_numbers([tokens.label for _, tokens in found])
-    for done, ((token_path, tokens), number) in enumerate(zip(found, numbers), start=1):
+    _check_one_patient([tokens for _, tokens in found])
+    values = label_values([(tokens.label, tokens.label_value) for _, tokens in found])
+    painter, numbers = LabelPainter(grid.shape), {label: i for i, label in enumerate(values, start=1)}
+    painted: dict[str, int] = {}
+    for done, (token_path, tokens) in enumerate(found, start=1):
         try:
-            voxels = painter.paint(_mask(tokenizer, token_path, tokens, grid)[0], number)
-            rows.append((number, tokens.label, tokens.sha256, voxels))
+            voxels = painter.paint(_mask(tokenizer, token_path, tokens, grid)[0], numbers[tokens.label])
+            painted[tokens.label] = painted.get(tokens.label, 0) + voxels
         except HANDLED as error:
             outcome.failures.append(Failure(str(token_path), token_path.stem, "decode", one_line(error)))
         progress(done, len(found))
-    write_nifti(path, painter.labels, grid.affine)
-    table = path.with_name(path.name.removesuffix(f".{VOLUME_FORMAT}") + ".csv")
-    write_label_table(table, sorted(rows))
-    outcome.written += [path, table]
+    for label, voxels in painted.items():
+        if not voxels:
+            logger.warning("label %r holds no voxel centre of the reference's grid", label)
     if painter.overlaps:
-        logger.warning("%d voxels belonged to more than one shape; the smaller shape kept each", painter.overlaps)
+        logger.warning("%d voxels belonged to more than one label; the smaller shape kept each", painter.overlaps)
+    if painted:
+        smallest = np.min_scalar_type(max(values.values()))
+        write_label_volume(path, np.array([0, *values.values()], dtype=smallest)[painter.labels], grid.affine)
+        table = path.with_name(path.name.removesuffix(f".{VOLUME_FORMAT}") + ".csv")
+        write_label_table(table, {values[label]: label for label in painted})
+        outcome.written += [path, table]
     write_errors(path.parent, outcome.failures)
     return outcome
+
+
+def _check_one_patient(tokens: Sequence[Tokens]) -> None:
+    """ValueError for tokens of several patients; a warning for labels that occur twice."""
+    owners = {each.patient_id for each in tokens}
+    if len(owners - {""}) > 1:
+        raise ValueError(f"a label volume is of one patient (--patient ID picks one) and {_patients(owners)}")
+    if len(owners) > 1:
+        unknown = sum(not each.patient_id for each in tokens)
+        logger.warning("%d of %d token files do not say whose they are, and are taken too", unknown, len(tokens))
+    for label, count in Counter(each.label for each in tokens).items():
+        if count > 1:
+            logger.warning("%d token files are of label %r: they become one region", count, label)
 
 
 def _mask(tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens, grid: VolumeGrid) -> tuple[np.ndarray, np.ndarray]:
@@ -270,12 +321,13 @@ def _mesh(tokenizer: SparseSDFTokenizer, path: Path, tokens: Tokens) -> tuple[np
 def _decode_one(
     tokenizer: SparseSDFTokenizer, path: Path, target: Path, mesh_space: str, grid: VolumeGrid | None
 ) -> None:
+    from trellis.geometry.volume import write_label_volume
     from trellis.utils.mesh_utils import write_mesh
 
     tokens = load_tokens(path)
     if grid is not None:
         inside, affine = _mask(tokenizer, path, tokens, grid)
-        write_nifti(target, inside.astype(np.uint8), affine)
+        write_label_volume(target, inside, affine)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".ply":

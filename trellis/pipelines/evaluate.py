@@ -7,25 +7,33 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trellis.geometry.metrics_summary import bits_per_shape, summarise, summarise_by
 from trellis.pipelines.batch import HANDLED, Failure, Progress, one_line, write_errors
 from trellis.pipelines.report import Case, worst_rows, write_report
-from trellis.pipelines.scoring import TOLERANCES_MM, TSDF_SUFFIX, Pair, score_pairs, true_surface
+from trellis.pipelines.scoring import TOLERANCES_MM, TSDF_SUFFIX, Pair, score_pairs, true_surface, worst_row
+from trellis.pipelines.token_files import Tokens
 from trellis.pipelines.tokenizer import SparseSDFTokenizer
+from trellis.utils.blocks import SparseSDFBlocks
 from trellis.utils.io_utils import atomic_write, load_sparse_sdf, write_json
+
+if TYPE_CHECKING:
+    from trellis.datasets.sparse_sdf import Item
 
 logger = logging.getLogger(__name__)
 
 BASELINES = ("tsdf",)
 METRICS_NAME, SUMMARY_NAME, REPORT_NAME = "metrics.csv", "summary.json", "report.html"
 GROUP_TABLES = {"label": "labels.csv", "patient_id": "patients.csv"}
-IN_GROUPS = ("dice", "dice_blocks", "hd95_mm", "assd_mm", "nsd_1mm", "volume_error_fraction", "dice_source")
-"""Metrics that summary.json has for each label and patient; labels.csv and patients.csv have all."""
+IN_GROUPS = ("dice", "dice_blocks", "hd95_mm", "assd_mm", "volume_error_fraction", "dice_source")
+"""Metrics that summary.json has for each label and patient, beside the surface Dice at each tolerance; labels.csv and
+patients.csv have all."""
+FAILED = {"error": "see errors.csv"}
 
 
 def evaluate_dataset(
@@ -49,8 +57,9 @@ def evaluate_dataset(
     surface takes its place (`truth` is "tsdf" in metrics.csv). Shapes that came from labels are also compared with the
     label on its own voxels, `masks/{sha256}.npz` (`dice_source` and others of `trellis.geometry.source_grid`). Shapes
     without `to_world` get no figures in mm. A shape whose field has no surface counts as the worst value (see
-    `trellis.geometry.metrics`); one that cannot be read, encoded or scored is in errors.csv and in `n_failed`, and
-    counts with Dice 0.
+    `trellis.geometry.metrics`). So does one that cannot be encoded or scored, which is in errors.csv and in `n_failed`.
+    One whose prepared file cannot be read is there too and in `n_failed_unread`; it counts with Dice 0, and its
+    distances are unknown.
 
     Args:
         tokenizer: the model; None scores the TSDF itself.
@@ -62,7 +71,8 @@ def evaluate_dataset(
 
     Returns:
         What stands in summary.json: n, n_failed, dice {mean, median, p05, p95}, dice_blocks, hd95_mm, assd_mm and more,
-        codes_used, perplexity, `ceiling` (the TSDF's dice, ...), `labels` and `patients` (the same for each).
+        codes_used and perplexity over all shapes together, `ceiling` (the TSDF's dice, ...), `labels` and `patients`
+        (the same for each).
 
     Raises:
         ValueError: no such data, split or resolution.
@@ -79,25 +89,33 @@ def evaluate_dataset(
     def pairs() -> Iterator[Pair]:
         for item in dataset.items:
             try:
-                yield _reconstruct(tokenizer, item, data, codes)
+                blocks = load_sparse_sdf(item.path)
+            except HANDLED as error:
+                failures.append(Failure(str(item.path), item.sha256, "read", one_line(error)))
+                rows.append(_unread_row(data, item))
+                continue
+            try:
+                yield _reconstruct(tokenizer, item, blocks, data, codes)
             except HANDLED as error:
                 failures.append(Failure(item.sha256, item.sha256, "encode", one_line(error)))
-                rows.append(_failed_row(data, item.sha256, item.label, item.patient_id))
+                yield replace(_pair(item, blocks, None, data, {}), failed=True)
 
     for pair, score in score_pairs(pairs(), workers, num_samples, tolerances_mm):
         identity = {"sha256": pair.sha256, "label": pair.label, "patient_id": pair.patient_id}
         try:
-            rows.append({**identity, **score()})
+            rows.append({**identity, **score(), **(FAILED if pair.failed else {})})
         except HANDLED as error:
             failures.append(Failure(pair.sha256, pair.sha256, "score", one_line(error)))
-            rows.append(_failed_row(data, **identity))
+            rows.append({**identity, **worst_row(pair, tolerances_mm), **FAILED})
         progress(len(rows), len(dataset.items))
     progress(len(dataset.items), len(dataset.items))
     rows.sort(key=lambda row: row["sha256"])
     groups = {key: summarise_by(rows, key) for key in GROUP_TABLES}
+    in_groups = (*IN_GROUPS, *(f"nsd_{float(tolerance):g}mm" for tolerance in tolerances_mm))
     summary = {
         "n": len(rows),
-        "n_failed": len(failures),
+        "n_failed": len({failure.id for failure in failures}),
+        "n_failed_unread": sum(failure.stage == "read" for failure in failures),
         "n_not_prepared": len(dataset.refused),
         "split": split,
         "resolution": resolution,
@@ -106,8 +124,8 @@ def evaluate_dataset(
         **codes.figures(),
         "codebook_size": tokenizer.codebook_size if tokenizer else None,
         "model_hash": tokenizer.model_hash if tokenizer else None,
-        "labels": {name: figures_of(found, IN_GROUPS) for name, found in groups["label"].items()},
-        "patients": {name: figures_of(found, IN_GROUPS) for name, found in groups["patient_id"].items()},
+        "labels": {name: figures_of(found, in_groups) for name, found in groups["label"].items()},
+        "patients": {name: figures_of(found, in_groups) for name, found in groups["patient_id"].items()},
     }
     write_rows(out / METRICS_NAME, rows)
     for key, name in GROUP_TABLES.items():
@@ -117,43 +135,58 @@ def evaluate_dataset(
     items = {item.sha256: item for item in dataset.items}
     shown = worst_rows(rows, worst)
     # Decoded once more: keeping the meshes of a whole split would take memory in proportion to it.
-    cases = [_case(row, _reconstruct(tokenizer, items[row["sha256"]], data, codes)) for row in shown]
+    cases = [_case(row, tokenizer, items[row["sha256"]], data) for row in shown]
     write_report(out / REPORT_NAME, summary, rows, cases)
     return summary
 
 
-def _case(row: dict[str, Any], pair: Pair) -> Case:
+def _case(row: dict[str, Any], tokenizer: SparseSDFTokenizer | None, item: Item, data: Path) -> Case:
     from trellis.geometry.isosurface import extract_mesh
 
-    return Case(row, true_surface(pair), extract_mesh(pair.decoded or pair.blocks))
-
-
-def _reconstruct(tokenizer: SparseSDFTokenizer | None, item: Any, data: Path, codes: CodeCounts) -> Pair:
     blocks = load_sparse_sdf(item.path)
-    truth = data / "meshes" / f"{item.sha256}.ply"
-    decoded, bits = None, {}
-    if tokenizer is not None:
-        tokens = tokenizer.encode(blocks, sha256=item.sha256)
-        decoded = tokenizer.decode(tokens)
-        codes.add(tokens.ids)
-        bits = bits_per_shape(tokens.ids, tokens.codebook_size, tokens.block_index)
+    decoded = blocks if tokenizer is None else tokenizer.decode(tokenizer.encode(blocks))
+    return Case(row, true_surface(_pair(item, blocks, None, data, {})), extract_mesh(decoded))
+
+
+def _reconstruct(
+    tokenizer: SparseSDFTokenizer | None, item: Item, blocks: SparseSDFBlocks, data: Path, codes: CodeCounts
+) -> Pair:
+    if tokenizer is None:
+        return _pair(item, blocks, None, data, {})
+    tokens = tokenizer.encode(blocks, sha256=item.sha256)
+    decoded = tokenizer.decode(tokens)
+    codes.add(tokens.ids)
+    return _pair(item, blocks, decoded, data, token_figures(tokens))
+
+
+def _pair(
+    item: Item, blocks: SparseSDFBlocks, decoded: SparseSDFBlocks | None, data: Path, figures: dict[str, float]
+) -> Pair:
+    truth, mask = data / "meshes" / f"{item.sha256}.ply", _mask_file(data, item.sha256)
     placed = blocks.to_world is not None
-    mask = _mask_file(data, item.sha256)
     return Pair(
-        item.sha256, item.label, item.patient_id, blocks, decoded, bits=bits,
+        item.sha256, item.label, item.patient_id, blocks, decoded, token_figures=figures,
         truth=truth if placed and truth.is_file() else None, mask=mask if placed and mask.is_file() else None,
     )  # fmt: skip
+
+
+def token_figures(tokens: Tokens) -> dict[str, float]:
+    """Size of a shape's tokens in bits, and codes_used and perplexity of the shape alone."""
+    codes = CodeCounts(tokens.codebook_size)
+    codes.add(tokens.ids)
+    return bits_per_shape(tokens.ids, tokens.codebook_size, tokens.block_index) | codes.figures()
 
 
 def _mask_file(data: Path, sha256: str) -> Path:
     return data / "masks" / f"{sha256}.npz"
 
 
-def _failed_row(data: Path, sha256: str, label: str, patient_id: str) -> dict[str, Any]:
-    """A shape that could not be scored: no overlap; distances are unknown."""
-    row = {"sha256": sha256, "label": label, "patient_id": patient_id, "dice": 0.0, "iou": 0.0, "dice_blocks": 0.0}
-    row |= {"dice_source": 0.0, "iou_source": 0.0} if _mask_file(data, sha256).is_file() else {}
-    return {**row, "error": "see errors.csv"}
+def _unread_row(data: Path, item: Item) -> dict[str, Any]:
+    """A shape whose prepared file cannot be read: no overlap; the size of its cube, and so distances, are unknown."""
+    row = {"sha256": item.sha256, "label": item.label, "patient_id": item.patient_id}
+    row |= dict.fromkeys(("dice", "iou", "dice_blocks"), 0.0)
+    row |= {"dice_source": 0.0, "iou_source": 0.0} if _mask_file(data, item.sha256).is_file() else {}
+    return {**row, **FAILED}
 
 
 class CodeCounts:
@@ -206,7 +239,9 @@ def table(summary: dict[str, Any]) -> str:
             f"codes used {summary['codes_used']} of {summary['codebook_size']}, perplexity {summary['perplexity']:.1f}"
         )
     if summary["n_failed"]:
-        rows.append(f"{summary['n_failed']} of {summary['n']} shapes failed, see errors.csv; they count with Dice 0")
+        rows.append(f"{summary['n_failed']} of {summary['n']} shapes failed (errors.csv) and count as the worst")
+    if summary["n_failed_unread"]:
+        rows.append(f"{summary['n_failed_unread']} of them could not be read: Dice 0, and no distance to count")
     return "\n".join(rows)
 
 

@@ -12,32 +12,46 @@ from trellis.pipelines.shape_inputs import is_prepared_file
 from trellis.utils.io_utils import load_sparse_sdf
 
 if TYPE_CHECKING:
-    from trellis.geometry.volume import LabelVolume
+    from trellis.geometry.volume import IntensityVolume, LabelVolume
+    from trellis.preparation.settings import PrepareSettings
 
 Facts = dict[str, Any]
 
 
-def inspect_file(path: str | Path, *, mesh_space: str = "LPS") -> Facts:
+def inspect_file(
+    path: str | Path,
+    *,
+    mesh_space: str = "LPS",
+    nested: str = "cavity",
+    max_hole_mm: float | None = None,
+    spacing_mm: tuple[float, float, float] | None = None,
+    threshold: str | None = None,
+) -> Facts:
     """Plain facts of a file, ready for JSON: `file`, `kind`, what that kind has, and `refused` with the reason.
 
     Args:
-        mesh_space: space of a mesh file that does not say.
+        mesh_space, nested, max_hole_mm, spacing_mm, threshold: as in `PrepareSettings`; what would be done is what a
+            preparation with these does.
 
     Raises:
-        ValueError: no such file, or of no known kind. A file of a known kind that cannot be used is no error here: its
-            facts hold `refused`.
+        ValueError: no such file, or of no known kind, or an option that breaks its rule. A file of a known kind that
+            cannot be used is no error here: its facts hold `refused`.
     """
+    from trellis.preparation.settings import PrepareSettings
     from trellis.utils.mesh_utils import is_mesh_file
 
+    settings = PrepareSettings(
+        mesh_space=mesh_space, nested=nested, max_hole_mm=max_hole_mm, spacing_mm=spacing_mm, threshold=threshold
+    )
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     kinds = (
         ("prepared shape", is_prepared_file, _prepared),
         ("tokens", _is_token_file, _tokens),
-        ("volume", _is_volume, _volume),
+        ("volume", _is_volume, lambda p: _volume(p, settings)),
         ("model", _is_model, _model),
-        ("mesh", is_mesh_file, lambda p: _mesh(p, mesh_space)),
+        ("mesh", is_mesh_file, lambda p: _mesh(p, settings)),
     )
     for kind, belongs, read in kinds:
         if belongs(path):
@@ -73,51 +87,81 @@ def _inline(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _mesh(path: Path, mesh_space: str) -> Facts:
-    from trellis.geometry.metrics import mesh_volume_mm3
-    from trellis.utils.mesh_repair import clean_mesh, inspect_mesh
+def _mesh(path: Path, settings: PrepareSettings) -> Facts:
+    from trellis.utils.mesh_repair import inspect_mesh
     from trellis.utils.mesh_utils import read_mesh
 
-    mesh = read_mesh(path, mesh_space=mesh_space)
+    mesh = read_mesh(path, mesh_space=settings.mesh_space)
+    options = {"nested": settings.nested, "max_hole_mm": settings.max_hole_mm}
     known_by = "the file says so" if mesh.space_is_tagged else "the file does not say: --mesh-space"
     facts = {"space": f"{mesh.space} ({known_by})", "box_ras_mm": _box(mesh.vertices)}
-    facts |= plain(inspect_mesh(mesh.vertices, mesh.faces).as_dict())
+    facts |= plain(inspect_mesh(mesh.vertices, mesh.faces, **options).as_dict())
     if facts.get("refused"):
         return facts
     facts.pop("refused", None)
-    vertices, faces, _ = clean_mesh(mesh.vertices, mesh.faces)
-    volume_ml = mesh_volume_mm3(vertices, faces) / 1000
-    return {**facts, "afterwards": {"vertices": len(vertices), "faces": len(faces), "volume_ml": volume_ml}}
+    return {**facts, "afterwards": _afterwards(mesh.vertices, mesh.faces, settings, from_mesh=True)}
+
+
+def _afterwards(vertices: np.ndarray, faces: np.ndarray, settings: PrepareSettings, *, from_mesh: bool) -> Facts:
+    """Size of the closed surface that a preparation makes of this one."""
+    from trellis.geometry.metrics import mesh_volume_mm3
+    from trellis.preparation.surfaces import closed_surface
+
+    surface = closed_surface(
+        vertices, faces, from_mesh=from_mesh, nested=settings.nested, max_hole_mm=settings.max_hole_mm
+    )
+    volume_ml = mesh_volume_mm3(surface.vertices, surface.faces) / 1000
+    return {"vertices": len(surface.vertices), "faces": len(surface.faces), "volume_ml": volume_ml}
 
 
 def _is_volume(path: Path) -> bool:
     """A volume file, or a folder of mask files or of DICOM slices."""
-    from trellis.geometry.dicom_check import is_dicom
     from trellis.geometry.volume import is_volume_file
+    from trellis.preparation.discover import is_dicom_slice
 
     if not path.is_dir():
         return is_volume_file(path)
     files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
     return any(is_volume_file(file) and not is_prepared_file(file) for file in files) or any(
-        file.suffix.lower() in ("", ".dcm", ".ima") and is_dicom(file) for file in files
+        is_dicom_slice(file) for file in files
     )
 
 
-def _volume(path: Path) -> Facts:
-    """Grid, labels by the names that a preparation gives them, and what of each lies at the volume's border."""
-    from trellis.geometry.volume import read_label_layers
+def _volume(path: Path, settings: PrepareSettings) -> Facts:
+    """Grid, labels by the names that a preparation gives them, and what of each lies at the volume's border; with a
+    threshold the one surface there."""
+    from trellis.geometry.volume import read_intensity, read_label_layers
 
     facts: Facts = {} if _has_masks(path) else _raw_volume(path)
     try:
-        layers = read_label_layers(path)
+        if settings.threshold is not None:
+            return {**facts, **_within(read_intensity(path, spacing_mm=settings.spacing_mm), settings)}
+        layers = read_label_layers(path, spacing_mm=settings.spacing_mm)
     except ValueError as error:
         return {**facts, "refused": str(error)}
-    first = layers[0]
-    facts |= {"shape": list(first.data.shape), "spacing_mm": plain(first.spacing_mm)}
-    facts |= {"affine_to_ras_mm": plain(first.affine), "notes": sorted({n for layer in layers for n in layer.notes})}
+    facts |= _grid(layers)
     if len(layers) > 1:
         facts["overlapping_layers"] = len(layers)
     return {**facts, **_labels(path, layers)}
+
+
+def _grid(layers: Sequence[LabelVolume | IntensityVolume]) -> Facts:
+    first = layers[0]
+    return {
+        "shape": list(first.data.shape),
+        "spacing_mm": plain(np.linalg.norm(first.affine[:3, :3], axis=0)),
+        "affine_to_ras_mm": plain(first.affine),
+        "notes": sorted({note for layer in layers for note in layer.notes}),
+    }
+
+
+def _within(volume: IntensityVolume, settings: PrepareSettings) -> Facts:
+    """The surface that a preparation makes of intensities within the threshold."""
+    from trellis.geometry.volume import parse_threshold, threshold_surface
+
+    surface = threshold_surface(volume.data, volume.affine, *parse_threshold(settings.threshold or ""))
+    afterwards = _afterwards(*surface, settings, from_mesh=False)
+    return {**_grid([volume]), "threshold": settings.threshold, "afterwards": afterwards}
 
 
 def _has_masks(path: Path) -> bool:
@@ -145,14 +189,18 @@ def _raw_volume(path: Path) -> Facts:
 
 
 def _labels(path: Path, layers: Sequence[LabelVolume]) -> Facts:
-    from trellis.geometry.label_names import read_label_names
     from trellis.geometry.source_grid import label_boxes
     from trellis.geometry.volume import labels_of
-    from trellis.preparation.surfaces import find_table, names_of_labels
+    from trellis.preparation.label_tables import find_table, named_layers, read_table
+    from trellis.preparation.surfaces import names_of_labels
 
-    table = None if _has_masks(path) else find_table(path, path.parent)
-    own = {number: name for layer in layers for number, name in layer.names.items()}
-    known = {**own, **(read_label_names(table) if table else {})}
+    masks = _has_masks(path)
+    table = None if masks else find_table(path, path.parent)
+    own = any(layer.names for layer in layers)
+    try:
+        layers, known = named_layers(layers, read_table(table) if table else {}, masks=masks)
+    except ValueError as error:
+        return {"refused": str(error)}
     numbers = {number: layer for layer in layers for number in labels_of(layer)}
     names = names_of_labels(list(numbers), known, None)
     boxes = {number: box for layer in layers for number, box in label_boxes(layer.data, labels_of(layer)).items()}
@@ -167,7 +215,7 @@ def _labels(path: Path, layers: Sequence[LabelVolume]) -> Facts:
         if len(layers) > 1:
             entry["layer"] = next(i for i, other in enumerate(layers) if other is layer)
         labels.append(entry)
-    source = f"{table.name} beside it" if table else "the file" if own and not path.is_dir() else "the files' names"
+    source = f"{table.name} beside it" if table else "the files' names" if masks else "the file"
     return {"names_from": source if table or own else "none: labels are called by their numbers", "labels": labels}
 
 
@@ -180,6 +228,7 @@ def _prepared(path: Path) -> Facts:
         "band_voxels": blocks.band_voxels,
         "frame": blocks.frame,
         "label": blocks.label,
+        "label_value": blocks.label_value,
         "patient_id": blocks.patient_id,
         "blocks": blocks.num_blocks,
         "active_voxels": int(np.count_nonzero(blocks.active)),
@@ -208,6 +257,8 @@ def _tokens(path: Path) -> Facts:
     tokens = load_tokens(path)
     return {
         "label": tokens.label,
+        "label_value": tokens.label_value,
+        "patient_id": tokens.patient_id or None,
         "sha256": tokens.sha256,
         "resolution": tokens.resolution,
         "frame": tokens.frame,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,26 +42,29 @@ class VolumeGrid:
         return voxelize(vertices, faces, affine, shape), affine
 
 
-def label_numbers(names: Sequence[str]) -> list[int]:
-    """A label value from 1 for each name: the number that a name is (or ends in, after "_"), else the next free one.
+def label_values(shapes: Sequence[tuple[str, int | None]]) -> dict[str, int]:
+    """The value of each label in a volume of several shapes.
 
-    Names that are the same get the same value.
+    Args:
+        shapes: label, and its number in the volume that the shape came from or None, of each shape.
+
+    Returns:
+        Those numbers where all are known and no two labels share one; else 1, 2, ... in order of the labels.
     """
-    wanted: dict[str, int] = {}
-    for name in dict.fromkeys(names):
-        tail = name.rsplit("_", 1)[-1]
-        number = int(tail) if tail.isdecimal() and len(tail) < 5 else 0
-        if number and number not in wanted.values():
-            wanted[name] = number
-    free = iter(number for number in range(1, len(names) + 70_000) if number not in set(wanted.values()))
-    return [wanted[name] if name in wanted else wanted.setdefault(name, next(free)) for name in names]
+    known: dict[str, set[int | None]] = {}
+    for label, value in shapes:
+        known.setdefault(label, set()).add(value)
+    values = [value for several in known.values() for value in several]
+    if None not in values and len(set(values)) == len(values) == len(known):
+        return {label: value for label, (value,) in known.items()}
+    return {label: value for value, label in enumerate(sorted(known), start=1)}
 
 
 class LabelPainter:
-    """Paints masks into one label volume; where two overlap the smaller shape keeps the voxel.
+    """Paints masks into one volume; where two overlap the smaller shape keeps the voxel.
 
     Attributes:
-        labels: uint16 [X, Y, Z]. overlaps: voxels that more than one shape claimed.
+        labels: uint16 [X, Y, Z], the numbers painted with. overlaps: voxels that more than one shape claimed.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -87,23 +89,11 @@ class LabelPainter:
         return size
 
 
-def write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    """A NIfTI (gzip) in RAS mm, atomically; its header holds the geometry and nothing else."""
-    import nibabel
-
-    image = nibabel.Nifti1Image(data, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
-    with atomic_write(path) as stream, gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as packed:
-        packed.write(image.to_bytes())
-
-
-def write_label_table(path: Path, rows: Sequence[tuple[int, str, str, int]]) -> None:
-    """number, label, sha256 and voxels of each shape in a label volume, as CSV."""
+def write_label_table(path: Path, labels: Mapping[int, str]) -> None:
+    """The names of a volume's values as CSV (value, name); beside the volume a preparation takes them from it."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["number", "label", "sha256", "voxels"])
-    table.writerows(rows)
+    table.writerow(["value", "name"])
+    table.writerows(sorted(labels.items()))
     with atomic_write(path) as stream:
         stream.write(text.getvalue().encode())

@@ -17,11 +17,8 @@ TSDF_SUFFIX = "_tsdf"
 """Marks the columns of the TSDF itself, the ceiling of every model at its resolution."""
 TOLERANCES_MM = (1.0, 2.0)
 """Of the normalised surface Dice, unless others are given."""
-CEILING = (
-    "dice", "iou", "dice_source", "hd_mm", "hd95_mm", "assd_mm", "chamfer_mm", "hd95_voxels", "assd_voxels",
-    "f_score_1voxel", "normal_consistency", "volume_error_fraction", "volume_error_source_fraction", "euler_match",
-)  # fmt: skip
-"""Metrics that the TSDF has a column of; those that start with nsd_ too."""
+OF_TRUTH = ("volume_truth_ml", "euler_truth", "truth_is_empty")
+"""Figures of the truth alone; the TSDF has a column of every other."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,9 @@ class Pair:
     Attributes:
         sha256, label, patient_id: which shape. blocks: the true TSDF. decoded: the reconstruction's, None to score the
             TSDF alone. truth: the true surface's file; None: the TSDF's own surface is the truth.
-        bits: size of the tokens, see `bits_per_shape`; empty without a model.
+        token_figures: size of the tokens (`bits_per_shape`) and use of the codes; empty without tokens.
         mask: file of the label on the volume that the shape came from, None if it came from a mesh.
+        failed: there is no reconstruction, because the shape could not be encoded or decoded.
     """
 
     sha256: str
@@ -41,8 +39,9 @@ class Pair:
     blocks: SparseSDFBlocks
     decoded: SparseSDFBlocks | None
     truth: Path | None
-    bits: dict[str, float]
+    token_figures: dict[str, float]
     mask: Path | None = None
+    failed: bool = False
 
 
 def score_pairs(
@@ -68,7 +67,10 @@ def score_pairs(
 def score_pair(
     pair: Pair, num_samples: int = 100_000, tolerances_mm: Sequence[float] = TOLERANCES_MM
 ) -> dict[str, Any]:
-    """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name."""
+    """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name.
+
+    A shape that failed has an empty reconstruction. Figures in mm and ml are None for one without `to_world`.
+    """
     from trellis.geometry.isosurface import extract_mesh
     from trellis.geometry.metrics import dice_blocks, evaluate_pair
     from trellis.geometry.source_grid import load_source_mask, metrics_on_source_grid
@@ -84,18 +86,37 @@ def score_pair(
         on_grid = {} if source is None else metrics_on_source_grid(mesh, source)
         return evaluate_pair(mesh, truth, blocks.resolution, **options) | on_grid
 
-    ceiling = scores(tsdf)
+    ceiling = {**scores(tsdf), "dice_blocks": 1.0}
     row: dict[str, Any] = {"truth": "tsdf" if pair.truth is None else "mesh", "num_blocks": blocks.num_blocks}
-    row |= pair.bits
-    if pair.decoded is None:
-        row |= {**ceiling, "dice_blocks": 1.0}
+    row |= pair.token_figures
+    if pair.failed:
+        row |= {**scores((np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64))), "dice_blocks": 0.0}
+    elif pair.decoded is None:
+        row |= ceiling
     else:
-        row |= scores(extract_mesh(pair.decoded))
-        row["dice_blocks"] = dice_blocks(pair.decoded, blocks)
-    row |= {f"{name}{TSDF_SUFFIX}": ceiling[name] for name in ceiling if name in CEILING or name.startswith("nsd_")}
-    if blocks.to_world is None:  # grid units are no millimetres
-        row = {name: None if "_mm" in name or "_ml" in name or "nsd_" in name else v for name, v in row.items()}
-    return row
+        row |= {**scores(extract_mesh(pair.decoded)), "dice_blocks": dice_blocks(pair.decoded, blocks)}
+    row |= {f"{name}{TSDF_SUFFIX}": value for name, value in ceiling.items() if name not in OF_TRUTH}
+    return _as_placed(row, blocks)
+
+
+def worst_row(pair: Pair, tolerances_mm: Sequence[float] = TOLERANCES_MM) -> dict[str, Any]:
+    """The row of a shape that cannot be scored: what an empty reconstruction gets, as far as it is known."""
+    from trellis.geometry.metrics import worst_metrics
+
+    blocks = pair.blocks
+    side = 1.0 if blocks.to_world is None else float(blocks.to_world[0, 0])
+    row = {"num_blocks": blocks.num_blocks, **pair.token_figures, "dice_blocks": 0.0}
+    row |= worst_metrics(blocks.resolution, side, tolerances_mm)
+    if pair.mask is not None:
+        row |= {"dice_source": 0.0, "iou_source": 0.0, "volume_error_source_fraction": -1.0}
+    return _as_placed(row, blocks)
+
+
+def _as_placed(row: dict[str, Any], blocks: SparseSDFBlocks) -> dict[str, Any]:
+    """The row without figures in mm where the shape has no place in the world: grid units are no millimetres."""
+    if blocks.to_world is not None:
+        return row
+    return {name: None if "_mm" in name or "_ml" in name or "nsd_" in name else v for name, v in row.items()}
 
 
 def true_surface(pair: Pair) -> tuple[np.ndarray, np.ndarray]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from trellis.preparation.label_tables import LabelNames
 from trellis.preparation.settings import PrepareSettings
 from trellis.utils.blocks import BAND_VOXELS, SparseSDFBlocks, check_resolution
 from trellis.utils.io_utils import load_sparse_sdf, sha256_of_file
@@ -35,6 +35,7 @@ class InputOptions:
         label_names: a table of label names for all volumes; None: one beside a volume (of the same name, or a
             dataset.json in its folder or the one above), as the preparation finds it.
         mask_folders: a folder of volumes is one mask file per class; otherwise only one called "segmentations" is.
+        include, exclude: patterns of the files of a folder that is given, see `trellis.preparation.layouts.fits`.
         mesh_space, labels, max_hole_mm, nested, spacing_mm, threshold, threshold_label, min_component_ml, device: see
             `PrepareSettings`; labels are those of volumes, a mesh that is given is always taken.
         frame: "shape" or "fixed-mm:SIZE". A patient's frame needs all shapes of the patient: prepare them first.
@@ -47,6 +48,8 @@ class InputOptions:
     label: str | None = None
     label_names: str | Path | None = None
     mask_folders: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     max_hole_mm: float | None = None
     nested: str = "cavity"
     spacing_mm: tuple[float, float, float] | None = None
@@ -58,7 +61,10 @@ class InputOptions:
 
     def __post_init__(self) -> None:
         from trellis.preparation.frames import PATIENT
+        from trellis.preparation.layouts import check_patterns
 
+        check_patterns("include", self.include)
+        check_patterns("exclude", self.exclude)
         if self.resolution is not None:
             check_resolution(self.resolution)
         if self.frame == PATIENT:
@@ -118,9 +124,9 @@ def sources_of(paths: Sequence[str | Path], options: InputOptions) -> list[Sourc
     """
     names = None
     if options.label_names is not None:
-        from trellis.geometry.label_names import read_label_names
+        from trellis.preparation.label_tables import read_table
 
-        names = read_label_names(options.label_names)
+        names = read_table(options.label_names)
     sources: list[Source] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -130,9 +136,10 @@ def sources_of(paths: Sequence[str | Path], options: InputOptions) -> list[Sourc
     return sources
 
 
-def _sources_of_folder(path: Path, options: InputOptions, names: Mapping[int, str] | None) -> list[Source]:
+def _sources_of_folder(path: Path, options: InputOptions, names: LabelNames | None) -> list[Source]:
     """The shapes of a prepared folder; of another one the shapes that lie in it, or the one volume that it is."""
     from trellis.preparation.discover import MASKS_FOLDER, VOLUME, sources_of_folder
+    from trellis.preparation.layouts import LOOSE_SLICES, NOT_CHOSEN, is_chosen
 
     markers = path / "metadata.csv", path / "sparse_sdf"
     if any(p.exists() for p in markers) or any(path.glob("*_r[0-9]*.npz")):
@@ -140,9 +147,14 @@ def _sources_of_folder(path: Path, options: InputOptions, names: Mapping[int, st
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     prepared = [p for p in files if is_prepared_file(p)]
     masks = options.mask_folders or path.name.lower() == MASKS_FOLDER
-    found, _ = sources_of_folder(path, [p for p in files if p not in prepared], masks=masks)
+    inside = sources_of_folder(path, [p for p in files if p not in prepared], masks=masks)
     sources = [Source(str(p), partial(_prepared_file, p)) for p in prepared]
-    for inner, kind, parts in found:
+    chosen = [f for f in inside.found if f[0] == path or is_chosen(f[0].name, options.include, options.exclude)]
+    left_out = {NOT_CHOSEN: len(inside.found) - len(chosen), LOOSE_SLICES: inside.loose_slices}
+    for reason, count in left_out.items():
+        if count:
+            logger.warning("%s: %d left out: %s", path, count, reason)
+    for inner, kind, parts in chosen:
         read = partial(_volume, inner, parts, options, names) if kind == VOLUME else partial(_mesh, inner, options)
         sources.append(Source(str(inner), read))
     if not sources:
@@ -150,7 +162,7 @@ def _sources_of_folder(path: Path, options: InputOptions, names: Mapping[int, st
     return sorted(sources, key=lambda source: source.name)
 
 
-def _source_of_file(path: Path, options: InputOptions, names: Mapping[int, str] | None) -> Source:
+def _source_of_file(path: Path, options: InputOptions, names: LabelNames | None) -> Source:
     from trellis.geometry.volume import is_volume_file
     from trellis.preparation.discover import files_of_volume
     from trellis.utils.mesh_utils import is_mesh_file
@@ -241,17 +253,19 @@ def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
 
 
 def _volume(
-    path: Path, files: Sequence[Path], options: InputOptions, names: Mapping[int, str] | None
+    path: Path, files: Sequence[Path], options: InputOptions, names: LabelNames | None
 ) -> Iterator[ShapeInput]:
-    from trellis.geometry.label_names import read_label_names
-    from trellis.preparation.surfaces import Surfaces, find_table, shapes_of_volume
+    from trellis.preparation.label_tables import find_table, read_table
+    from trellis.preparation.surfaces import Surfaces, shapes_of_volume
     from trellis.preparation.tasks import content_hash, shape_id
 
     resolution = options.required_resolution()
     if names is None:
-        whole = Path(os.path.abspath(path))
-        table = find_table(whole, whole.parent.parent)
-        names = read_label_names(table) if table is not None else {}
+        problems: list[str] = []
+        table = find_table(path, path.parent, problems)
+        names = read_table(table) if table is not None else {}
+        for problem in problems:
+            logger.warning("%s: %s", path, problem)
     shapes = shapes_of_volume(path, options.settings(), names)
     if not shapes.labels:
         wanted, present = list(options.labels or ()), list(shapes.present[:20])
@@ -267,7 +281,8 @@ def _volume(
         try:
             if label in made[0].failures:
                 raise made[0].failures[label]
-            return blocks_of_mesh(*made[0].by_label.pop(label), options, from_mesh=False)
+            blocks = blocks_of_mesh(*made[0].by_label.pop(label), options, from_mesh=False)
+            return dataclasses.replace(blocks, label_value=made[0].values.get(label))
         except ValueError as error:
             raise ValueError(f"{path}, label {label}: {error}") from None
 

@@ -15,7 +15,7 @@ import torch
 
 from trellis.geometry.transforms import check_to_world
 from trellis.preparation.frames import SHAPE, parse_frame
-from trellis.utils.blocks import LATENT_STRIDE, check_resolution, morton_encode
+from trellis.utils.blocks import LATENT_STRIDE, check_label_value, check_resolution, morton_encode
 from trellis.utils.io_utils import atomic_write, open_regular
 
 TOKEN_FORMAT_VERSION = 1
@@ -39,6 +39,8 @@ class Tokens:
         model_hash: `model_hash` of the model that made the tokens, the only one that can decode them.
         frame: whose cube it is, "shape", "patient" or "fixed-mm:SIZE"; a file that does not say means "shape".
         prep_hash: of the settings that the shape was prepared with; empty where that is not known.
+        patient_id: as the prepared file has it (a pseudonym unless names were asked for); empty where it is not known.
+        label_value: the label's number in the volume that it came from; None where there is none or it is not known.
     """
 
     ids: np.ndarray
@@ -53,9 +55,12 @@ class Tokens:
     model_hash: str = ""
     frame: str = SHAPE
     prep_hash: str = ""
+    patient_id: str = ""
+    label_value: int | None = None
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
+        check_label_value(self.label_value)
         m = len(self.ids)
         if self.ids.dtype != np.int32 or self.ids.ndim not in (1, 2):
             raise ValueError(f"ids must be int32 [M] or [M, q], got {self.ids.dtype} {list(self.ids.shape)}")
@@ -109,6 +114,10 @@ def save_tokens(path: str | Path, tokens: Tokens) -> None:
         "frame": tokens.frame,
         "prep_hash": tokens.prep_hash,
     }
+    if tokens.patient_id:
+        metadata["patient_id"] = tokens.patient_id
+    if tokens.label_value is not None:
+        metadata["label_value"] = str(tokens.label_value)
     data = save(arrays, metadata=metadata)
     with atomic_write(path) as stream:
         stream.write(data)
@@ -169,6 +178,8 @@ def load_tokens(path: str | Path) -> Tokens:
             model_hash=metadata["model_hash"],
             frame=metadata.get("frame", SHAPE),
             prep_hash=metadata.get("prep_hash", ""),
+            patient_id=metadata.get("patient_id", ""),
+            label_value=_integer(metadata, "label_value") if "label_value" in metadata else None,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

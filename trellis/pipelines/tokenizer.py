@@ -150,6 +150,8 @@ class SparseSDFTokenizer:
             model_hash=self.model_hash,
             frame=blocks.frame,
             prep_hash=blocks.prep_hash,
+            patient_id=blocks.patient_id,
+            label_value=blocks.label_value,
         )
 
     def read_shape(self, shape: Shape, *, resolution: int | None = None, mesh_space: str = "LPS") -> SparseSDFBlocks:
@@ -300,8 +302,10 @@ def _as_blocks(tokens: Tokens, values: torch.Tensor) -> SparseSDFBlocks:
         resolution=tokens.resolution,
         band_voxels=tokens.band_voxels,
         label=tokens.label,
+        patient_id=tokens.patient_id,
         frame=tokens.frame,
         prep_hash=tokens.prep_hash,
+        label_value=tokens.label_value,
     )
 
 

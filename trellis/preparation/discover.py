@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from trellis.preparation import layouts
+from trellis.preparation.layouts import MASKS_FOLDER, check_patterns, fits, is_chosen, is_nnunet, nnunet_case, stem
 
 logger = logging.getLogger(__name__)
 
 MESH, VOLUME = "mesh", "volume"
-MASKS_FOLDER = "segmentations"
-"""A folder of this name holds one mask file per class, as TotalSegmentator writes it."""
 
 DETACHED_HEADERS = (".mhd", ".nhdr")
 
@@ -37,33 +41,50 @@ class Source:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What a search found: sources in order of their relative path, paths that no patient could be read off, and the
-    number of other files."""
+    """What a search found.
+
+    Attributes:
+        sources: in order of their relative path. unmatched: relative paths that no patient could be read off.
+        others: number of files that are neither meshes nor volumes.
+        left_out: reason -> number of meshes, volumes or slices that are there and are not read.
+        unused: patterns that fit nothing, as "--include PATTERN".
+    """
 
     sources: list[Source]
     unmatched: list[str]
     others: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 def find_sources(
     data_root: str | Path,
     *,
     patient_regex: str | None = None,
-    exclude: str | Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     mask_folders: bool = False,
+    images: bool = False,
+    skip_folder: str | Path | None = None,
 ) -> Discovery:
     """Search a folder recursively for meshes and volumes.
+
+    An nnU-Net dataset (`layouts.is_nnunet`) at or below it gives its label volumes alone, and its cases are the
+    patients; TotalSegmentator's images beside its masks are left out.
 
     Args:
         data_root: the folder. Links are followed, each folder once; names that start with a dot are left out.
         patient_regex: searched in the relative path; its group "patient", else its first group, else the match is the
             patient. Without it the first folder below `data_root` is, and a file directly there is its own patient.
-        exclude: a folder that is not searched (where the results go).
+        include, exclude: patterns of relative paths, see `layouts.fits`; a folder of masks or slices is taken or left
+            as a whole.
         mask_folders: read every folder with volumes as one volume with a mask file per class; otherwise only those
             that are called "segmentations".
+        images: intensities are wanted, not labels: of nnU-Net's folders the images, and no masks.
+        skip_folder: a folder that is not searched (where the results go).
 
     Raises:
-        ValueError: no such folder, a bad expression, or neither mesh nor volume there.
+        ValueError: no such folder, a bad expression or pattern, or nothing there that counts.
     """
     root = Path(data_root)
     if not root.is_dir():
@@ -72,20 +93,43 @@ def find_sources(
         pattern = re.compile(patient_regex) if patient_regex is not None else None
     except re.error as error:
         raise ValueError(f"patient_regex must be a regular expression, got {patient_regex!r}: {error}") from None
+    include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     sources, unmatched, others = [], [], 0
-    for folder, files in _walk(root, Path(exclude) if exclude is not None else None):
-        masks = mask_folders or folder.name.lower() == MASKS_FOLDER
-        found, rest = sources_of_folder(folder, files, masks=masks and folder != root)
-        others += rest
-        for path, kind, parts in found:
+    left_out: Counter[str] = Counter()
+    unused = {f"--{name} {one}": one for name, given in (("include", include), ("exclude", exclude)) for one in given}
+    datasets: set[Path] = set()
+    for folder, files in _walk(root, Path(skip_folder) if skip_folder is not None else None):
+        if is_nnunet(folder):
+            datasets.add(folder)
+        dataset = next((path for path in (folder, *folder.parents) if path in datasets), None)
+        masks = folder != root and dataset is None and (mask_folders or folder.name.lower() == MASKS_FOLDER)
+        here = sources_of_folder(folder, files, masks=masks)
+        others += here.others
+        left_out[layouts.LOOSE_SLICES] += here.loose_slices
+        for path, kind, parts in here.found:
             relative = path.relative_to(root).as_posix()
-            patient = _patient(relative, path, pattern)
-            if patient is None:
-                unmatched.append(relative)
+            unused = {name: one for name, one in unused.items() if not fits(relative, one)}
+            case = None if dataset is None else nnunet_case(path, dataset, root, images=images)
+            if not is_chosen(relative, include, exclude):
+                left_out[layouts.NOT_CHOSEN] += 1
+            elif dataset is not None and case is None:
+                left_out[layouts.NOT_IMAGES if images else layouts.NOT_LABELS] += 1
+            elif images and masks and path == folder:
+                left_out[layouts.MASKS_NOT_IMAGES] += 1
+            elif not images and kind == VOLUME and layouts.is_image_of_masks(path):
+                left_out[layouts.IMAGE_OF_MASKS] += 1
             else:
-                sources.append(Source(path, relative, kind, patient, tuple(parts)))
+                patient = case if case is not None and pattern is None else _patient(relative, path, pattern)
+                if patient is None:
+                    unmatched.append(relative)
+                else:
+                    sources.append(Source(path, relative, kind, patient, tuple(parts)))
+    left_out = +left_out
     if not sources and not unmatched:
-        raise ValueError(f"{root}: neither a mesh nor a label volume is below this folder ({others} other files)")
+        reasons = "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
+        raise ValueError(
+            f"{root}: neither a mesh nor a label volume to read is below this folder ({others} other files{reasons})"
+        )
     direct = sum("/" not in source.relative and source.kind == MESH for source in sources)
     if direct and pattern is None:
         logger.warning(
@@ -95,13 +139,15 @@ def find_sources(
         )
     if others:
         logger.info("%d files below DATA_ROOT are neither meshes nor volumes", others)
-    return Discovery(sorted(sources, key=lambda source: source.relative), sorted(unmatched), others)
+    return Discovery(
+        sorted(sources, key=lambda source: source.relative), sorted(unmatched), others, dict(left_out), tuple(unused)
+    )
 
 
-def _walk(root: Path, exclude: Path | None) -> list[tuple[Path, list[Path]]]:
+def _walk(root: Path, skipped: Path | None) -> list[tuple[Path, list[Path]]]:
     """Each folder with its files, both sorted; every real folder once."""
     seen = {os.path.realpath(root)}
-    excluded = os.path.realpath(exclude) if exclude is not None else None
+    excluded = os.path.realpath(skipped) if skipped is not None else None
     result: list[tuple[Path, list[Path]]] = []
 
     def unreadable(error: OSError) -> None:
@@ -119,10 +165,17 @@ def _walk(root: Path, exclude: Path | None) -> list[tuple[Path, list[Path]]]:
     return result
 
 
-def sources_of_folder(
-    folder: Path, files: list[Path], *, masks: bool
-) -> tuple[list[tuple[Path, str, list[Path]]], int]:
-    """(path, kind, files) of each source in a folder, and the number of other files.
+class FolderContent(NamedTuple):
+    """(path, kind, files) of each source in a folder, the number of DICOM slices that are none because volume files lie
+    beside them, and the number of other files."""
+
+    found: list[tuple[Path, str, list[Path]]]
+    loose_slices: int
+    others: int
+
+
+def sources_of_folder(folder: Path, files: list[Path], *, masks: bool) -> FolderContent:
+    """What lies in a folder itself.
 
     Args:
         files: those of the folder that count. masks: its volumes are one mask each, and together one source.
@@ -130,26 +183,27 @@ def sources_of_folder(
     from trellis.geometry.volume import is_volume_file
     from trellis.utils.mesh_utils import is_mesh_file
 
-    found: list[tuple[Path, str, list[Path]]] = []
     volumes = [path for path in files if is_volume_file(path)]
-    rest = [path for path in files if path not in set(volumes)]
+    rest = [path for path in files if not is_volume_file(path)]
+    found: list[tuple[Path, str, list[Path]]] = []
     if masks and volumes:
         found.append((folder, VOLUME, volumes))
     else:
         found += [(path, VOLUME, [path, *_data_files(path, rest)]) for path in volumes]
-    rest = [path for path in rest if not any(path in parts for _, _, parts in found)]
-    slices = [path for path in rest if _is_dicom(path)]
-    if slices and not volumes:
-        found.append((folder, VOLUME, slices))
-    others = 0
+    data = {path for _, _, parts in found for path in parts}
+    slices, others = [], 0
     for path in rest:
-        if slices and path in slices:
+        if path in data:
             continue
         if is_mesh_file(path):
             found.append((path, MESH, [path]))
+        elif is_dicom_slice(path):
+            slices.append(path)
         else:
             others += 1
-    return found, others
+    if slices and not volumes:
+        found.append((folder, VOLUME, slices))
+    return FolderContent(found, len(slices) if volumes else 0, others)
 
 
 def _data_files(header: Path, files: list[Path]) -> list[Path]:
@@ -169,18 +223,17 @@ def files_of_volume(path: Path) -> tuple[Path, ...]:
     return (path, *_data_files(path, [p for p in others if not is_volume_file(p)]))
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom_slice(path: Path) -> bool:
+    """Whether a file is DICOM by its first bytes, whatever its suffix (archives name slices by UID), and no index."""
     from trellis.geometry.dicom_check import is_dicom
 
-    if path.suffix.lower() not in ("", ".dcm", ".ima"):
-        return False
-    return is_dicom(path)
+    return path.name.upper() != "DICOMDIR" and is_dicom(path)
 
 
 def _patient(relative: str, path: Path, pattern: re.Pattern[str] | None) -> str | None:
     if pattern is None:
         first, _, rest = relative.partition("/")
-        return first if rest or path.is_dir() else path.name.split(".")[0]
+        return first if rest or path.is_dir() else stem(path)
     match = pattern.search(relative)
     if match is None:
         return None

@@ -26,15 +26,37 @@ def default_workers() -> int:
     return max(1, min(cores, memory_bytes() // BYTES_PER_WORKER))
 
 
-def memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its control group's limit."""
+def memory_bytes(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may use: the machine's, or the smallest limit of its control group and those above it.
+
+    Args:
+        proc: which groups the process is in (cgroups(7)); without it the topmost. mount: where their files are.
+    """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for path in _memory_limit_files(proc, mount):
         try:
-            limits.append(int(Path(name).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # not there, or "max"
+            limits.append(int(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # not there (a container sees its own group as the topmost), or "max"
             continue
     return min(limits)
+
+
+def _memory_limit_files(proc: Path, mount: Path) -> Iterator[Path]:
+    """Where limits may stand, of version 2 ("0::/path") and of version 1's memory controller ("4:memory:/path")."""
+    groups = {mount: "/", mount / "memory": "/"}
+    try:
+        lines = proc.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for number, controllers, group in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if number == "0" and not controllers:
+            groups[mount] = group
+        elif "memory" in controllers.split(","):
+            groups[mount / "memory"] = group
+    for (top, group), name in zip(groups.items(), ("memory.max", "memory.limit_in_bytes")):
+        parts = [part for part in group.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            yield top.joinpath(*parts[:depth], name)
 
 
 @contextmanager

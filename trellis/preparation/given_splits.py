@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trellis.preparation.discover import Source
+from trellis.preparation.layouts import stem
 from trellis.preparation.split import SPLITS
 
 
@@ -43,8 +44,10 @@ def read_splits(path: str | Path, fold: int = 0) -> dict[str, str]:
     return result
 
 
-def splits_of_patients(sources: Iterable[Source], given: Mapping[str, str], shown: Mapping[str, str]) -> dict[str, str]:
-    """The split of each patient whose name, or one of whose files' names, is in the table.
+def splits_of_patients(
+    sources: Iterable[Source], given: Mapping[str, str], shown: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The split of each patient whose name, or one of whose files' names, is in the table, and warnings.
 
     Args:
         sources: everything that was found. given: as `read_splits` returns it.
@@ -54,14 +57,23 @@ def splits_of_patients(sources: Iterable[Source], given: Mapping[str, str], show
         ValueError: the files of a patient are in two splits, or the table names none of the patients.
     """
     result: dict[str, str] = {}
+    met = set()
     for source in sources:
-        stem = source.path.name.split(".")[0]
-        for name in (source.patient, stem):
+        for name in (source.patient, stem(source.path)):
             split = given.get(name)
-            if split is not None and result.setdefault(source.patient, split) != split:
+            if split is None:
+                continue
+            met.add(name)
+            if result.setdefault(source.patient, split) != split:
                 raise ValueError(
                     f"patient {shown[source.patient]} is in two splits, {result[source.patient]} and {split}"
                 )
     if not result:
         raise ValueError("the splits name none of the patients or files that were found")
-    return result
+    absent = [name for name in given if name not in met]
+    if not absent:
+        return result, []
+    of_split = [name for name in given if given[name] == given[absent[0]]]
+    place = f"entry {of_split.index(absent[0]) + 1} of {given[absent[0]]}"  # the name itself may be a patient's
+    what = f"{len(absent)} of {len(given)} names of the splits are no patient's and no file's"
+    return result, [f"{what}; the first is {place}"]

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_STARTS = 4
+"""How often the processes are started before it is given up; as often as a task may lose its worker."""
+
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -20,32 +23,43 @@ def open_local_cluster(workers: int, memory_bytes: int) -> Iterator[Any]:
         workers: at least 1. memory_bytes: resident memory of a worker near which (95 %) it is ended.
 
     Raises:
-        RuntimeError: the processes cannot start.
+        ConnectionError: the processes cannot start.
     """
     import dask
-    from distributed import Client, LocalCluster
-    from distributed.security import Security
+    from distributed import Client
 
     ours = {name: os.environ.get(name) for name in _worker_environment()}
     with dask.config.set(_settings()), silent_dask(), _nameless_main():
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            security=Security.temporary(),  # a port is open to every user of the machine
-            dashboard_address="127.0.0.1:0",
-            scheduler_kwargs={"dashboard": False},
-            memory_limit=memory_bytes,
-            silence_logs=logging.CRITICAL,
-        )
         try:
-            with cluster, Client(cluster) as client:
+            with _start(workers, memory_bytes) as cluster, Client(cluster) as client:
                 client.register_plugin(_stdout_to_stderr_plugin())
                 yield client
         finally:
             for name, value in ours.items():  # Dask sets them here for its workers to inherit
                 os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def _start(workers: int, memory_bytes: int) -> Any:
+    """A Dask cluster. Dask gives up where one process dies while it starts: then all are started again."""
+    from distributed import LocalCluster
+    from distributed.security import Security
+
+    for _ in range(_STARTS):
+        try:
+            return LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                security=Security.temporary(),  # a port is open to every user of the machine
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                memory_limit=memory_bytes,
+                silence_logs=logging.CRITICAL,
+            )
+        except RuntimeError as error:
+            reason = error
+    raise ConnectionError(f"{workers} local workers cannot be started: {reason}") from reason
 
 
 def _settings() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trellis.preparation import records
+from trellis.preparation.locking import locked
 from trellis.preparation.split import DEFAULT_FRACTIONS, SPLITS, assign_splits, patient_order_key
 from trellis.utils.io_utils import atomic_write, write_json
 
@@ -49,15 +50,28 @@ def build_metadata(
 ) -> Tables:
     """Merge the records of all ranks into metadata.csv, errors.csv and splits.json, each written atomically.
 
+    What killed ranks left half-written is removed.
+
     Args:
         out: the prepared folder.
         seed: of the split; None takes the one that the ranks were run with.
         fractions: shares of patients in train, val and test.
 
     Raises:
-        ValueError: no record there, a rank of the run is missing, or the ranks ran with different settings.
+        ValueError: no record there, a rank of the run is missing or still running, or the ranks ran with different
+            settings, keys, label names, or over different files.
     """
     out = Path(out)
+    if not (out / "records").is_dir():
+        raise ValueError(f"{out}: no preparation has been run here (nothing below records/)")
+    with locked(out, exclusive=True):
+        return write_tables(out, seed=seed, fractions=fractions)
+
+
+def write_tables(
+    out: Path, *, seed: int | None = None, fractions: tuple[float, float, float] = DEFAULT_FRACTIONS
+) -> Tables:
+    """`build_metadata` for who holds the folder already."""
     parts = _complete_run(out)
     run = parts[0]
     seed = run["seed"] if seed is None else seed
@@ -69,7 +83,7 @@ def build_metadata(
         failures.extend(record["failures"])
         if record["shapes"]:
             contents.setdefault(record["patient_id"], []).append(record["content"])
-    rows, warnings = [], _notes(sources)
+    rows, warnings = [], _notes(sources) + _absent_labels(sources, run["labels"])
     for shape in shapes:
         row, of_shape = _row(out, shape, run)
         failures.extend(of_shape)
@@ -112,7 +126,7 @@ def build_metadata(
 
 
 def _complete_run(out: Path) -> list[dict[str, Any]]:
-    parts = [value for _, value in records.manifests(out)] if out.is_dir() else []
+    parts = [value for _, value in records.manifests(out)]
     if not parts:
         raise ValueError(f"{out}: no preparation has been run here (nothing below records/)")
     sizes = sorted({part["world_size"] for part in parts})
@@ -121,11 +135,10 @@ def _complete_run(out: Path) -> list[dict[str, Any]]:
     missing = sorted(set(range(sizes[0])) - {part["rank"] for part in parts})
     if missing:
         raise ValueError(f"{out}: ranks {missing} of {sizes[0]} have not finished")
-    shared = ("prep_hash", "resolutions", "seed", "keep_source_paths", "labels", "frame")
-    for name in shared:
+    for name, what in records.SHARED_BY_RANKS.items():
         values = {repr(part[name]) for part in parts}
         if len(values) > 1:
-            raise ValueError(f"{out}: the ranks ran with different {name}: {', '.join(sorted(values))}")
+            raise ValueError(f"{out}: the ranks ran with different {name} ({what}): {', '.join(sorted(values))}")
     return parts
 
 
@@ -220,6 +233,13 @@ def _notes(sources: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """What the readers have to say about headers, one line a kind with the number of sources."""
     counts = Counter(note for _, record in sources for note in record.get("notes", []))
     return [f"{count} source(s): {note}" for note, count in sorted(counts.items())]
+
+
+def _absent_labels(sources: Sequence[tuple[str, dict[str, Any]]], wanted: Sequence[str] | None) -> list[str]:
+    """A warning that names the labels which were asked for and are nowhere."""
+    found = {label for _, record in sources for label in record.get("picked", [])}
+    absent = [label for label in wanted or () if label not in found]
+    return [f"no source holds the labels {', '.join(absent)}"] if absent else []
 
 
 def _failed_row(failure: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

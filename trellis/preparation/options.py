@@ -69,13 +69,23 @@ def _add_sources(parser: argparse.ArgumentParser, lists: str) -> None:
         "--labels", action=_Flat, metavar="LABEL", help="numbers, names or patterns that are kept (all)", **words
     )
     group.add_argument("--label-names", metavar="TABLE", help="names of labels (else a table beside a volume is used)")
-    group.add_argument("--mask-folders", action="store_true", help="a folder of volumes is one mask file per class")
+    add_search_options(group)
     group.add_argument("--spacing-mm", type=float, nargs=3, metavar=("X", "Y", "Z"), help="of volumes that have none")
-    group.add_argument("--threshold", metavar="LOW[:HIGH]", help="volumes are intensities, not labels")
     group.add_argument("--threshold-label", default="threshold", help="label of that shape (%(default)s)")
     group.add_argument("--min-component-ml", type=float, default=0.0, help="remove smaller parts of labels")
     group.add_argument("--max-hole-mm", type=float, help="widest hole of a surface that is closed")
     group.add_argument("--nested", default="cavity", choices=["cavity", "solid"], help="inner shells (%(default)s)")
+
+
+def add_search_options(group: Any) -> None:
+    """Options that decide which files of DATA_ROOT are read; see `trellis.preparation.discover.find_sources`."""
+    for name, what in (("include", "read only"), ("exclude", "leave out")):
+        group.add_argument(
+            f"--{name}", action="append", default=[], metavar="GLOB",
+            help=f"{what} paths below DATA_ROOT that fit, or a name in them if it has no slash; repeatable",
+        )  # fmt: skip
+    group.add_argument("--mask-folders", action="store_true", help="a folder of volumes is one mask file per class")
+    group.add_argument("--threshold", metavar="LOW[:HIGH]", help="volumes are intensities, not labels")
 
 
 def _add_shapes(parser: argparse.ArgumentParser, lists: str) -> None:
@@ -114,9 +124,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_prepare(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Arguments as keywords of `prepare_dataset`; `--threshold -200:300` is understood although it starts with "-"."""
+    """Arguments as keywords of `prepare_dataset`."""
+    return vars(parser.parse_args(with_negative_thresholds(arguments)))
+
+
+def with_negative_thresholds(arguments: Sequence[str] | None = None) -> list[str]:
+    """Arguments (None: those of the program), with `--threshold -200:300` in a form that may start with "-"."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     for at in range(len(given) - 2, -1, -1):
         if given[at] == "--threshold" and re.match(r"-[\d.]", given[at + 1]):
             given[at : at + 2] = [f"--threshold={given[at + 1]}"]
-    return vars(parser.parse_args(given))
+    return given

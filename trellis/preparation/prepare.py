@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import fcntl
-import logging
+import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trellis.geometry.label_names import read_label_names
 from trellis.preparation import records
 from trellis.preparation.discover import VOLUME, Discovery, Source, find_sources
 from trellis.preparation.execution import Runner, open_runner
 from trellis.preparation.frames import cube_of, parse_frame
 from trellis.preparation.given_splits import read_splits, splits_of_patients
-from trellis.preparation.metadata import build_metadata
-from trellis.preparation.privacy import KEY_NAME, load_or_create_key, pseudonym
+from trellis.preparation.label_tables import LabelNames, digest_of, find_table, read_table
+from trellis.preparation.locking import locked
+from trellis.preparation.metadata import write_tables
+from trellis.preparation.privacy import KEY_NAME, hide_quoted, load_or_create_key, pseudonym
 from trellis.preparation.progress import progress_bar
 from trellis.preparation.prune import prune
 from trellis.preparation.settings import PrepareSettings
+from trellis.preparation.shares import groups_of_patients
 from trellis.preparation.split import DEFAULT_FRACTIONS
-from trellis.preparation.surfaces import find_table
 from trellis.preparation.tasks import SDFTask, SourceTask, compute_sdf, failure, read_source
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class PrepareSummary:
         n_computed: sources read and SDFs computed by this run; 0 when everything was there already.
         n_failed: lines of errors.csv. n_duplicates: shapes found in more than one source.
         n_stale: files that belong to nothing present and were left where they are.
+        left_out: reason -> number of files that hold shapes or images and were not read.
         patients, shapes: per split, of shapes without error; empty for one rank of several (they are merged later).
         warnings: one line each. seconds: wall-clock time.
     """
@@ -51,6 +50,7 @@ class PrepareSummary:
     n_stale: int
     patients: dict[str, int]
     shapes: dict[str, int]
+    left_out: Mapping[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
@@ -70,6 +70,8 @@ def prepare_dataset(
     scheduler: str | None = None,
     mesh_space: str = "LPS",
     patient_regex: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     keep_patient_ids: bool = False,
     keep_source_paths: bool = False,
     key_file: str | Path | None = None,
@@ -103,21 +105,23 @@ def prepare_dataset(
         out: receives metadata.csv, errors.csv, splits.json, meshes/, masks/, sparse_sdf/ and records/.
         resolutions: voxels per side. workers: local processes, None for one a core, 0 for this process alone.
         scheduler: a Dask scheduler's address instead of local processes.
-        mesh_space: space of mesh files that do not say theirs. patient_regex: see `find_sources`.
+        mesh_space: space of mesh files that do not say theirs.
+        patient_regex, include, exclude, mask_folders: see `find_sources`.
         keep_patient_ids, keep_source_paths: write patients' names and sources' relative paths as they are.
         key_file: the secret behind pseudonyms, default OUT/.patient_key; keep it, and do not pass it on.
         seed, split_fractions: of the split by patients. labels: numbers, names or patterns that are kept, None for all.
         label_names: a table of label names for all volumes; without it one beside a volume (of the same name, or a
-            dataset.json above it) is used. mask_folders: see `find_sources`. spacing_mm, threshold, threshold_label,
-            min_component_ml: see `PrepareSettings`.
+            dataset.json above it) is used. spacing_mm, threshold, threshold_label, min_component_ml: see
+            `PrepareSettings`.
         max_hole_mm, nested: see `trellis.utils.mesh_repair.clean_mesh`. schema: of the npz files.
         frame: "shape", "patient" or "fixed-mm:SIZE", the cube of each shape.
         splits_file, fold: take the split from a file (see `read_splits`) instead of drawing it.
-        device: where distances are computed. rank, world_size: take every world_size-th patient, and leave the tables
-            to `trellis.preparation.metadata.build_metadata`, which merges the ranks.
+        device: where distances are computed. rank, world_size: take every world_size-th patient (those who have a file
+            in common together), and leave the tables to `trellis.preparation.metadata.build_metadata`, which merges
+            the ranks.
         retry_failed: try again what failed for good (what failed for want of memory or disk always is).
         prune_stale: remove files of shapes, sources and settings that are not present any more (else they stay, and
-            are counted).
+            are counted); not for a rank, which does not know of all shapes.
         progress: show a bar on stderr.
 
     Raises:
@@ -132,54 +136,69 @@ def prepare_dataset(
     )  # fmt: skip
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be at least 0 and below world_size, got rank {rank} of {world_size}")
+    if prune_stale and world_size > 1:
+        raise ValueError("prune_stale needs all ranks' shapes: run once without rank and world_size after their merge")
     data_root, out = Path(data_root), Path(out)
     if out.resolve() == data_root.resolve():
         raise ValueError(f"OUT must be another folder than DATA_ROOT, got {out} for both")
     given = None if splits_file is None else read_splits(splits_file, fold)
-    names = None if label_names is None else read_label_names(label_names)
-    found = find_sources(data_root, patient_regex=patient_regex, exclude=out, mask_folders=mask_folders)
+    names = None if label_names is None else read_table(label_names)
+    found = find_sources(
+        data_root, patient_regex=patient_regex, include=include, exclude=exclude, mask_folders=mask_folders,
+        images=threshold is not None, skip_folder=out,
+    )  # fmt: skip
+    warnings = [f"{pattern} fits nothing" for pattern in found.unused]
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out, exclusive=world_size == 1):
+    with locked(out, exclusive=world_size == 1):
         key = load_or_create_key(key_file or out / KEY_NAME)
-        patients = sorted({source.patient for source in found.sources})
         if given is not None:
-            shown = {name: name if keep_patient_ids else pseudonym(key, "patient", name) for name in patients}
-            given = {shown[name]: split for name, split in splits_of_patients(found.sources, given, shown).items()}
-        mine = set(patients[rank::world_size])
+            shown = {s.patient: s.patient if keep_patient_ids else pseudonym(key, "patient", s.patient)
+                     for s in found.sources}  # fmt: skip
+            by_name, absent = splits_of_patients(found.sources, given, shown)
+            given = {shown[name]: split for name, split in by_name.items()}
+            warnings += absent
+        groups = groups_of_patients(found.sources) if world_size > 1 else []
+        others = {patient for i, group in enumerate(groups) for patient in group if i % world_size != rank}
+        problems: list[str] = []
         tasks = [
-            _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths, names)
+            _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths, names, problems)
             for source in found.sources
-            if source.patient in mine
+            if source.patient not in others
         ]
+        for problem, count in Counter(problems).items():
+            warnings.append(f"{count} volume(s): {problem if keep_source_paths else hide_quoted(problem)}")
         computed = _run(tasks, out, settings, workers, scheduler, retry_failed, progress)
-        manifest = _manifest(found, tasks, settings, key, rank, world_size, seed, keep_source_paths)
-        manifest["given_splits"] = given
+        manifest = _manifest(found, tasks, settings, key, rank, world_size, keep_source_paths)
+        manifest |= {
+            "seed": seed, "keep_patient_ids": keep_patient_ids, "label_names": digest_of(names),
+            "search": pseudonym(key, "search", json.dumps([groups, [[s.relative, s.patient] for s in found.sources]])),
+            "given_splits": given,
+        }  # fmt: skip
         _write_manifest(out, manifest)
         if world_size > 1:
-            return _summary_of_rank(out, manifest, computed, time.perf_counter() - start)
-        tables = build_metadata(out, fractions=split_fractions)
-        patients = {row["sha256"]: row["patient_id"] for row in tables.rows}
-        n_stale = prune(out, manifest["sources"], patients, settings.prep_hash, remove=prune_stale)
+            return _summary_of_rank(out, manifest, computed, found.left_out, warnings, time.perf_counter() - start)
+        tables = write_tables(out, fractions=split_fractions)
+        owners = {row["sha256"]: row["patient_id"] for row in tables.rows}
+        n_stale = prune(out, manifest["sources"], owners, settings.prep_hash, remove=prune_stale)
     return PrepareSummary(
         out=out, n_sources=len(tasks), n_shapes=len(tables.rows), n_computed=computed, n_failed=len(tables.failures),
         n_duplicates=tables.duplicates, n_stale=0 if prune_stale else n_stale,
-        patients=tables.patients, shapes=tables.shapes,
-        warnings=tables.warnings + _absent_labels(settings, manifest["sources"], out), failures=tables.failures,
-        seconds=time.perf_counter() - start,
+        patients=tables.patients, shapes=tables.shapes, left_out=found.left_out,
+        warnings=warnings + tables.warnings, failures=tables.failures, seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
 def _source_task(
     source: Source, key: bytes, data_root: Path, out: Path, settings: PrepareSettings, keep_ids: bool, keep_paths: bool,
-    names: dict[int, str] | None,
+    names: LabelNames | None, problems: list[str],
 ) -> SourceTask:  # fmt: skip
     patient_id = source.patient if keep_ids else pseudonym(key, "patient", source.patient)
-    table = find_table(source.path, data_root) if source.kind == VOLUME and names is None else None
+    table = find_table(source.path, data_root, problems) if source.kind == VOLUME and names is None else None
     expected = {
         "prep_hash": settings.prep_hash,
         "patient_id": patient_id,
         "stamp": [_stamp(path) for path in source.files],
-        "names": None if names is None else sorted(map(list, names.items())),
+        "names": digest_of(names),
         "table": None if table is None else _stamp(table),
         "labels": None if settings.labels is None else list(settings.labels),
         "kept": [keep_ids, keep_paths],
@@ -257,6 +276,7 @@ def _sdf_tasks(
                 "prep_hash": settings.prep_hash,
                 "patient_id": record["patient_id"],
                 "truth_bytes": shape["truth_bytes"],
+                "label_value": shape["label_value"],
                 "to_world": None,
             }
             refusal = None
@@ -284,7 +304,7 @@ def _lost_sdf(task: SDFTask, reason: str) -> dict[str, Any]:
 
 def _manifest(
     found: Discovery, tasks: list[SourceTask], settings: PrepareSettings, key: bytes, rank: int, world_size: int,
-    seed: int, keep_source_paths: bool,
+    keep_source_paths: bool,
 ) -> dict[str, Any]:  # fmt: skip
     reason = "patient_regex does not match its path"
     failures = []
@@ -292,9 +312,9 @@ def _manifest(
         entry = failure(pseudonym(key, "source", relative, digits=32), "discover", reason)
         failures.append({**entry, "source": relative} if keep_source_paths else entry)
     return {
-        "rank": rank, "world_size": world_size, "seed": seed, "prep_hash": settings.prep_hash,
-        "resolutions": list(settings.resolutions), "keep_source_paths": keep_source_paths, "frame": settings.frame,
-        "labels": None if settings.labels is None else list(settings.labels),
+        "rank": rank, "world_size": world_size, "prep_hash": settings.prep_hash, "frame": settings.frame,
+        "resolutions": list(settings.resolutions), "keep_source_paths": keep_source_paths,
+        "key": pseudonym(key, "key", ""), "labels": None if settings.labels is None else list(settings.labels),
         "sources": [task.key for task in tasks], "failures": failures,
     }  # fmt: skip
 
@@ -308,7 +328,9 @@ def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _summary_of_rank(out: Path, manifest: dict[str, Any], computed: int, seconds: float) -> PrepareSummary:
+def _summary_of_rank(
+    out: Path, manifest: dict[str, Any], computed: int, left_out: Mapping[str, int], warnings: list[str], seconds: float
+) -> PrepareSummary:
     n_shapes = 0
     failures = list(manifest["failures"])
     for key in manifest["sources"]:
@@ -321,37 +343,6 @@ def _summary_of_rank(out: Path, manifest: dict[str, Any], computed: int, seconds
                 failures += [done["failure"]] if done.get("failure") else []
     kept = [{name: entry[name] for name in ("id", "stage", "reason")} for entry in failures]
     return PrepareSummary(
-        out, len(manifest["sources"]), n_shapes, computed, len(kept), 0, 0, {}, {}, failures=kept, seconds=seconds
-    )
-
-
-def _absent_labels(settings: PrepareSettings, source_keys: list[str], out: Path) -> list[str]:
-    """A warning that names the labels which were asked for and are nowhere."""
-    found = set()
-    for key in source_keys:
-        found |= set((records.read_record(records.source_record_path(out, key)) or {}).get("picked", []))
-    absent = [label for label in settings.labels or () if label not in found]
-    return [f"no source holds the labels {', '.join(absent)}"] if absent else []
-
-
-@contextmanager
-def _lock(out: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold OUT: one run at a time, or several ranks of one. A single run also removes what a killed one left half."""
-    path = out / ".lock"
-    with open(path, "w", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another preparation is running there") from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): do not run two preparations there at once", out, error.strerror)
-        else:
-            if exclusive:
-                _remove_leftovers(out)
-        yield
-
-
-def _remove_leftovers(out: Path) -> None:
-    for folder in (".", "meshes", "masks", "sparse_sdf", "records", "records/sources", "records/sdf"):
-        for path in (out / folder).glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        out, len(manifest["sources"]), n_shapes, computed, len(kept), 0, 0, {}, {}, left_out=left_out,
+        warnings=warnings, failures=kept, seconds=seconds,
+    )  # fmt: skip

@@ -9,6 +9,20 @@ from typing import Any
 
 from trellis.utils.io_utils import write_json
 
+SHARED_BY_RANKS = {
+    "prep_hash": "settings of the shapes",
+    "resolutions": "--resolutions",
+    "labels": "--labels",
+    "label_names": "the table of --label-names",
+    "frame": "--frame",
+    "seed": "--seed",
+    "keep_patient_ids": "--keep-patient-ids",
+    "keep_source_paths": "--keep-source-paths",
+    "key": "the key behind pseudonyms",
+    "search": "files below DATA_ROOT, and whose they are",
+}
+"""What a manifest holds that must be the same for all ranks of a run, and what that is."""
+
 METADATA_NAME, ERRORS_NAME, SPLITS_NAME = "metadata.csv", "errors.csv", "splits.json"
 
 
@@ -61,7 +75,7 @@ def manifests(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     found = []
     for path in (out / "records").glob("run_*_of_*.json"):
         value = read_record(path)
-        if value is None or not {"rank", "world_size", "sources", "resolutions"} <= value.keys():
+        if value is None or not {"rank", "world_size", "sources", *SHARED_BY_RANKS} <= value.keys():
             raise ValueError(f"{path}: not a readable record of a preparation; run that rank again")
         found.append((path, value))
     yield from sorted(found, key=lambda pair: (pair[1]["world_size"], pair[1]["rank"]))

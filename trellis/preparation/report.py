@@ -24,6 +24,7 @@ def describe_summary(summary: PrepareSummary) -> str:
     if summary.n_stale:
         what = "shapes or settings that are gone or not chosen"
         lines.append(f"{summary.n_stale} files belong to {what}; --prune-stale removes them")
+    lines += [f"{count} left out: {reason}" for reason, count in summary.left_out.items()]
     lines += _some("warning", summary.warnings)
     reasons = Counter(f"{entry['stage']}: {entry['reason']}" for entry in summary.failures)
     lines += _some("failed", [f"{count} x {reason}" for reason, count in reasons.most_common()])

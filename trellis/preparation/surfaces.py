@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trellis.preparation.label_tables import LabelNames, named_layers
+from trellis.preparation.privacy import label_without_patient
 from trellis.preparation.settings import PrepareSettings
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Surfaces:
         picked: entries of the settings' labels that matched something here.
         failures: label -> error of labels that could not be made into a surface.
         masks: label -> what cuts the label out of its volume; none for meshes and thresholds.
+        values: label -> its number in the volume; none for meshes, thresholds and masks in a folder.
     """
 
     by_label: dict[str, MeshArrays] = field(default_factory=dict)
@@ -39,6 +42,7 @@ class Surfaces:
     picked: set[str] = field(default_factory=set)
     failures: dict[str, Exception] = field(default_factory=dict)
     masks: dict[str, Callable[[], SourceMask]] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
 
 
 def matches(wanted: Collection[str], names: Collection[str]) -> set[str]:
@@ -88,21 +92,26 @@ class VolumeShapes:
     surfaces: Callable[[], Surfaces]
 
 
-def surfaces_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, str]) -> Surfaces:
+def surfaces_of_volume(
+    path: Path, settings: PrepareSettings, names: LabelNames, patient: str | None = None
+) -> Surfaces:
     """The surfaces of a volume; see `shapes_of_volume`."""
-    return shapes_of_volume(path, settings, names).surfaces()
+    return shapes_of_volume(path, settings, names, patient).surfaces()
 
 
-def shapes_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, str]) -> VolumeShapes:
+def shapes_of_volume(
+    path: Path, settings: PrepareSettings, names: LabelNames, patient: str | None = None
+) -> VolumeShapes:
     """The shapes of a label volume (or of an intensity volume, where the settings have a threshold).
 
     Args:
         path: a file, a folder of masks or a folder of one DICOM series.
-        names: label value -> name; names that the file carries itself fill what is missing here. Masks in a folder are
-            called as their files are: their values only count the files.
+        names: label value -> name, or regions; names that the file carries itself fill what is missing here. Masks in a
+            folder are called as their files are: their values only count the files.
+        patient: a name that is cut out of those of masks.
 
     Raises:
-        ValueError: see `trellis.geometry.volume.read_label_layers` and `read_intensity`.
+        ValueError: see `trellis.geometry.volume.read_label_layers` and `read_intensity`; an image instead of labels.
     """
     from trellis.geometry.volume import labels_of, read_label_layers
 
@@ -112,25 +121,33 @@ def shapes_of_volume(path: Path, settings: PrepareSettings, names: Mapping[int, 
             label, label, frozenset(settings.labels or ()), partial(_threshold_surfaces, path, settings)
         )
     layers = read_label_layers(path, spacing_mm=settings.spacing_mm)
+    masks = path.is_dir() and any(layer.names for layer in layers)
+    try:
+        layers, known = named_layers(layers, names, masks=masks)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if masks and patient is not None:
+        known = {number: label_without_patient(name, patient) for number, name in known.items()}
     numbers = [number for layer in layers for number in labels_of(layer)]
-    own = {number: name for layer in layers for number, name in layer.names.items()}
-    known = {**names, **own} if path.is_dir() else {**own, **names}
     labels = names_of_labels(numbers, known, settings.labels)
     picked: set[str] = set()
     for number, label in labels.items():
         picked |= matches(settings.labels or (), {label, known.get(number, ""), str(number)})
     present = tuple(names_of_labels(numbers, known, None).values())
-    make = partial(_label_surfaces, layers, labels, frozenset(picked), settings.min_component_ml)
+    make = partial(_label_surfaces, layers, labels, frozenset(picked), settings.min_component_ml, not masks)
     return VolumeShapes(tuple(labels.values()), present, frozenset(picked), make)
 
 
 def _label_surfaces(
-    layers: Sequence[LabelVolume], labels: Mapping[int, str], picked: frozenset[str], min_component_ml: float
-) -> Surfaces:
+    layers: Sequence[LabelVolume], labels: Mapping[int, str], picked: frozenset[str], min_component_ml: float,
+    numbered: bool,
+) -> Surfaces:  # fmt: skip
     from trellis.geometry.source_grid import cut_out, label_boxes
     from trellis.geometry.volume import label_surfaces, labels_of
 
     result = Surfaces(picked=set(picked), notes=sorted({note for layer in layers for note in layer.notes}))
+    if numbered:
+        result.values = {label: number for number, label in labels.items()}
     for layer in layers:
         here = [number for number in labels_of(layer) if number in labels]
         if min_component_ml:
@@ -227,38 +244,3 @@ def without_small_components(
             part[small[components]] = 0
             removed[number] = int(small.sum())
     return dataclasses.replace(volume, data=data), removed
-
-
-def candidate_tables(path: Path, data_root: Path) -> Iterator[Path]:
-    """Files that may name the labels of a volume: one of its own name beside it, then dataset.json on the way up."""
-    if path.is_file():
-        from trellis.geometry.volume_readers import volume_suffix
-
-        stem = path.name[: -len(volume_suffix(path))]
-        bases = dict.fromkeys((stem, path.name, path.name.removesuffix(".gz")))
-        for base in bases:
-            for suffix in (".txt", ".csv", ".tsv", ".ctbl", ".label", ".json"):
-                yield path.parent / (base + suffix)
-    folder = path.parent
-    while True:
-        yield folder / "dataset.json"
-        if folder == data_root or folder == folder.parent:
-            return
-        folder = folder.parent
-
-
-def find_table(path: Path, data_root: Path) -> Path | None:
-    """The first of `candidate_tables` that is there and names labels.
-
-    A file that only happens to lie there (a JSON of scan parameters, a report) is passed over.
-    """
-    from trellis.geometry.label_names import read_label_names
-
-    for candidate in candidate_tables(path, data_root):
-        if candidate.is_file():
-            try:
-                read_label_names(candidate)
-            except (ValueError, OSError):
-                continue
-            return candidate
-    return None

@@ -17,6 +17,7 @@ import numpy as np
 from trellis.preparation import records
 from trellis.preparation.discover import MESH
 from trellis.preparation.frames import box_of
+from trellis.preparation.label_tables import LabelNames, read_table
 from trellis.preparation.privacy import hide_quoted, label_without_patient, names_of, scrub, scrubbed_logs
 from trellis.preparation.settings import PrepareSettings
 from trellis.preparation.surfaces import Surfaces, closed_surface, surfaces_of_mesh, surfaces_of_volume
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 class SourceTask:
     """One source to read; `expected` is what its record must say to count as done.
 
-    `names` are label names that were given for all sources; `table` is a file of them that was found beside this one.
+    `names` are label names that were given for all sources; `table` is a file of them that was found for this one.
     """
 
     path: Path
@@ -45,7 +46,7 @@ class SourceTask:
     keep_patient_ids: bool
     keep_source_paths: bool
     files: tuple[Path, ...]
-    names: dict[int, str] | None = None
+    names: LabelNames | None = None
     table: Path | None = None
 
 
@@ -79,8 +80,15 @@ def failure(identity: str, stage: str, error: BaseException | str, *, names: lis
 
 
 def read_source(task: SourceTask) -> dict[str, Any]:
-    """Read a source file, write the truth mesh of each of its shapes, and write and return the source's record."""
-    names = [name for path in {task.path, *task.files} for name in names_of(path, task.data_root)]
+    """Read a source file, write the truth mesh of each of its shapes, and write and return the source's record.
+
+    A record that is there already is returned: Dask runs a task again when its worker dies after the work was done.
+    """
+    path = records.source_record_path(task.out, task.key)
+    record = records.read_record(path)
+    if records.source_is_current(task.out, record, task.expected, retry_failed=True):
+        return record
+    names = [name for path in {task.path, *task.files} for name in names_of(path, task.data_root)] + [str(task.table)]
     record: dict[str, Any] = {**task.expected, "content": None, "shapes": [], "failures": []}
     if task.keep_source_paths:
         names = []
@@ -102,6 +110,7 @@ def read_source(task: SourceTask) -> dict[str, Any]:
             try:
                 facts = _write_truth(task, identity, label, vertices, faces)
                 facts["mask_bytes"] = _write_mask(records.mask_path(task.out, identity), surfaces.masks.get(label))
+                facts["label_value"] = surfaces.values.get(label)
                 record["shapes"].append(facts)
             except Exception as error:
                 logger.debug("shape %s", identity, exc_info=True)
@@ -109,7 +118,7 @@ def read_source(task: SourceTask) -> dict[str, Any]:
     except Exception as error:
         logger.debug("source %s", task.key, exc_info=True)
         record["failures"].append(failure(record["content"] or task.key, stage, error, names=names))
-    records.write_record(records.source_record_path(task.out, task.key), record)
+    records.write_record(path, record)
     return record
 
 
@@ -135,12 +144,9 @@ def _surfaces(task: SourceTask) -> Surfaces:
         if not task.keep_patient_ids and "/" in task.relative:
             label = label_without_patient(label, task.patient)
         return surfaces_of_mesh(task.path, label, task.settings)
-    names = task.names
-    if names is None and task.table is not None:
-        from trellis.geometry.label_names import read_label_names
-
-        names = read_label_names(task.table)
-    return surfaces_of_volume(task.path, task.settings, names or {})
+    names = task.names if task.names is not None else read_table(task.table) if task.table is not None else {}
+    patient = None if task.keep_patient_ids else task.patient
+    return surfaces_of_volume(task.path, task.settings, names, patient)
 
 
 def _write_truth(
@@ -185,8 +191,14 @@ def _write_mask(path: Path, cut: Callable[[], Any] | None) -> int | None:
 
 
 def compute_sdf(task: SDFTask) -> dict[str, Any]:
-    """Compute one sparse SDF from the truth mesh, write the npz, then its record; return the record."""
+    """Compute one sparse SDF from the truth mesh, write the npz, then its record; return the record.
+
+    A record that is there already is returned, see `read_source`.
+    """
     start = time.perf_counter()
+    done = records.read_record(records.sdf_record_path(task.out, task.sha256, task.resolution))
+    if records.sdf_is_current(task.out, done, task.expected, task.sha256, task.resolution, retry_failed=True):
+        return done
     record: dict[str, Any] = dict(task.expected)
     try:
         from trellis.geometry.sdf import mesh_to_sparse_sdf
@@ -200,7 +212,7 @@ def compute_sdf(task: SDFTask) -> dict[str, Any]:
         blocks = mesh_to_sparse_sdf(mesh.vertices, mesh.faces, task.resolution, to_world=cube, **options)
         blocks = dataclasses.replace(
             blocks, label=task.label, patient_id=task.expected["patient_id"], prep_hash=task.expected["prep_hash"],
-            frame=task.settings.frame,
+            frame=task.settings.frame, label_value=task.expected["label_value"],
         )  # fmt: skip
         path = records.sdf_path(task.out, task.sha256, task.resolution)
         save_sparse_sdf(path, blocks, schema=task.settings.schema)

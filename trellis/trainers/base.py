@@ -25,6 +25,7 @@ from trellis.trainers.checkpoint import (
 )
 from trellis.trainers.ema import EMA
 from trellis.trainers.grad_clip import build_grad_clipper
+from trellis.trainers.launch import EXIT_FAILED
 from trellis.trainers.loader import DeviceBatches, batch_size_per_rank, endless_batches
 from trellis.trainers.logs import RunLog
 from trellis.trainers.memory import WORKSPACE_BYTES, MemoryLimit, available_bytes, out_of_memory
@@ -132,15 +133,20 @@ class Trainer:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self, *, max_steps: int | None = None, after_step: Callable[[int], None] | None = None) -> int:
-        """Train to the end, or until a signal; returns the exit code (0, 130, 143).
+        """Train to the end, until a signal, or until the log cannot be written; returns the exit code (0, 1, 130, 143).
 
         Args:
             max_steps: stop after this many steps without saving (profiling); None for the whole training.
             after_step: called with the number of each finished step.
+
+        Raises:
+            InputError: the data are not as they must be.
+            CheckpointError, OutputError: a checkpoint could not be written; the run's log could not be opened.
         """
         last = self.total_steps if max_steps is None else min(self.total_steps, self.step + max_steps)
         log = RunLog(
-            self.output_dir, step=self.step, total_steps=self.total_steps, enabled=self.ranks.is_first
+            self.output_dir, step=self.step, total_steps=self.total_steps, samples_per_step=self.sampler.global_batch,
+            boards=self.args.i_log is not None, enabled=self.ranks.is_first,
         )
         exit_code = None
         try:
@@ -159,6 +165,7 @@ class Trainer:
                 batches = DeviceBatches(loaded, self.device)
                 log.restart_clock(self.step)
                 while self.step < last and exit_code is None:
+                    stop.log_failed = log.failed
                     started, waited = time.perf_counter(), batches.waited_s
                     micro_batches = next(batches)
                     try:
@@ -178,7 +185,7 @@ class Trainer:
                         self._write_samples(log)
         finally:
             log.close()
-        return exit_code or 0
+        return exit_code or (EXIT_FAILED if log.failed else 0)
 
     def _train_step(
         self, micro_batches: list[Batch], stop: StopSignals, meanwhile: Callable[[], None]
@@ -283,7 +290,7 @@ class Trainer:
         log.write(record)
         if self._due(self.args.i_log):
             extra = self._weight_statistics() if self.args.log_param_stats and self.ranks.is_first else {}
-            log.board(self.step, samples_per_step=self.sampler.global_batch, extra=extra)
+            log.board(extra)
         if self._due(self.args.i_print):
             log.progress(record)
 
@@ -315,7 +322,9 @@ class Trainer:
             folder = self.output_dir / "samples" / f"step{self.step:07d}"
             png = self.objective.write_samples(self.model, self.dataset, folder)
             if png is not None:
-                log.picture(self.step, png)
+                log.picture(png)
+        except OSError as error:
+            logger.error("the samples of step %d could not be written: %s; training goes on", self.step, error)
         except Exception:
             logger.exception("the samples of step %d could not be made; training goes on", self.step)
         finally:

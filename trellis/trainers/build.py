@@ -16,7 +16,14 @@ from trellis.config import InputError, RunConfig, TrainerArgs, load_config, wron
 from trellis.datasets.sparse_sdf import SparseSDF
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.trainers.base import Trainer
-from trellis.trainers.checkpoint import Checkpoint, find_checkpoint, load_weights, manifest_steps
+from trellis.trainers.checkpoint import (
+    Checkpoint,
+    NoValidCheckpoint,
+    find_checkpoint,
+    load_weights,
+    manifest_steps,
+)
+from trellis.trainers.logs import writing
 from trellis.trainers.random_state import seed_everything
 from trellis.trainers.vae.sparse_sdf_vqvae import SparseSDFVQVAEObjective
 from trellis.utils.dist_utils import Ranks
@@ -55,7 +62,12 @@ def choose_checkpoint(options: RunOptions) -> Checkpoint | None:
         InputError: one was asked for that is not there, or going on would mix two histories in the output folder.
     """
     output, source = Path(options.output_dir), Path(options.load_dir or options.output_dir)
-    checkpoint = find_checkpoint(source, options.ckpt)
+    try:
+        checkpoint = find_checkpoint(source, options.ckpt)
+    except NoValidCheckpoint as error:
+        raise InputError(
+            f"--ckpt {options.ckpt}: {error}. Restore these files, or start anew: --ckpt none and another --output_dir"
+        ) from None
     if checkpoint is None and options.load_dir is not None and options.ckpt != "none":
         raise InputError(f"--load_dir {source}: there is no valid checkpoint in {source / 'ckpts'}")
     step = -1 if checkpoint is None else checkpoint.step
@@ -73,6 +85,7 @@ def build_trainer(options: RunOptions, ranks: Ranks, device: torch.device) -> Tr
 
     Raises:
         InputError: config, data, weights or checkpoint are not as they must be.
+        OutputError: the output folder cannot be written.
     """
     config = read_config(options.config, options.overrides)
     args = config.trainer
@@ -87,7 +100,7 @@ def build_trainer(options: RunOptions, ranks: Ranks, device: torch.device) -> Tr
         load_starting_weights(model, config)
     model.to(device)
     output = Path(options.output_dir)
-    objective = SparseSDFVQVAEObjective(model, args, device=device)
+    objective = SparseSDFVQVAEObjective(model, args, device=device, speaks=ranks.is_first)
     metadata = {"class": config.model.name, "args": config.model.args, "model": config.model_name}
     trainer = Trainer(
         args, objective, config.model_name, model, dataset, output, ranks=ranks, device=device, metadata=metadata
@@ -157,8 +170,10 @@ def _write_run_files(output: Path, config: RunConfig, model: nn.Module) -> None:
         changed = differing_keys(before, config.raw)
         if changed:
             logger.warning("the config differs from that of the run so far: %s", ", ".join(changed))
-    write_json(path, config.raw)
-    with atomic_write(output / f"{config.model_name}_model_summary.txt") as stream:
+    summary = output / f"{config.model_name}_model_summary.txt"
+    with writing(path):
+        write_json(path, config.raw)
+    with writing(summary), atomic_write(summary) as stream:
         stream.write(model_summary(config.model.name, model).encode())
 
 

@@ -29,6 +29,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; earlier ones are intact."""
 
 
+class NoValidCheckpoint(InputError):
+    """There are manifests of checkpoints, and the files of none of them are whole."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose manifest and files are valid.
@@ -164,9 +168,10 @@ def find_checkpoint(run_folder: str | Path, which: str | int = "latest") -> Chec
         which: "latest" (the newest valid one; those skipped are logged with the reason), "none", or a step.
 
     Returns:
-        None for "none", and where "latest" finds nothing.
+        None for "none", and where "latest" finds no manifest.
 
     Raises:
+        NoValidCheckpoint: "latest" finds manifests, but no valid one; says what is wrong with each.
         InputError: a step that is not there or not valid, or text that is none of these.
     """
     folder = Path(run_folder) / "ckpts"
@@ -176,11 +181,18 @@ def find_checkpoint(run_folder: str | Path, which: str | int = "latest") -> Chec
         if not str(which).isdigit():
             raise InputError(f"--ckpt must be latest, none or a step, got {which!r}")
         return read_manifest(folder, int(which))
+    invalid = []
     for step in manifest_steps(folder):
         try:
-            return read_manifest(folder, step)
+            found = read_manifest(folder, step)
         except InputError as error:
-            logger.warning("skipped checkpoint: %s", error)
+            invalid.append(str(error))
+            continue
+        for problem in invalid:
+            logger.warning("skipped checkpoint: %s", problem)
+        return found
+    if invalid:
+        raise NoValidCheckpoint(f"{folder}: there is no valid checkpoint: {'; '.join(invalid)}")
     orphans = sorted(p.name for p in folder.glob("misc_step*.pt")) if folder.is_dir() else []
     if orphans:
         logger.warning("%s: no valid checkpoint; files without a valid manifest: %s", folder, ", ".join(orphans))

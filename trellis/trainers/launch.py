@@ -22,13 +22,13 @@ EXIT_FAILED, EXIT_WRONG_INPUT = 1, 2
 DEFAULT_PORT = 12345
 
 
-def parser(prog: str = "train.py") -> argparse.ArgumentParser:
-    """The options of train.py: TRELLIS's, and --set and --device."""
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options of train.py: TRELLIS's, and --set and --device. `prog` is what the user calls the command."""
     made = argparse.ArgumentParser(
         prog=prog,
         description="Train a model from a config.",
-        epilog="example: python train.py --config configs/vae/sparse_sdf_vqvae_64.json --data_dir DATA "
-        "--output_dir OUT --set trainer.args.max_steps=20000",
+        epilog=f"example: {prog} --config configs/vae/sparse_sdf_vqvae_64.json --data_dir DATA --output_dir OUT "
+        "--set trainer.args.max_steps=20000",
     )
     made.add_argument("--config", required=True, help="config file (JSON)")
     made.add_argument("--output_dir", required=True, help="folder of the run: ckpts/, tb_logs/, samples/, log.txt")
@@ -58,7 +58,7 @@ def parser(prog: str = "train.py") -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python train.py") -> int:
     """Run the training command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parser(prog).parse_args(arguments)
@@ -100,7 +100,7 @@ def _launch(options: argparse.Namespace, arguments: list[str], prog: str) -> int
     read_config(run.config, run.overrides)  # once, before any process is started
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not under_torchrun or os.environ["RANK"] == "0":
-        _write_command(run, [prog, *arguments])
+        _write_command(run, f"{prog} {shlex.join(arguments)}")
     if under_torchrun:
         if options.auto_retry:
             logger.warning("--auto_retry does nothing under torchrun: use its --max-restarts")
@@ -111,10 +111,10 @@ def _launch(options: argparse.Namespace, arguments: list[str], prog: str) -> int
     )
 
 
-def _write_command(run: RunOptions, command: list[str]) -> None:
+def _write_command(run: RunOptions, command: str) -> None:
     output = Path(run.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "command.txt").write_text(shlex.join(["python", *command]) + "\n", encoding="utf-8")
+        (output / "command.txt").write_text(command + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output_dir {output}: {error}") from None

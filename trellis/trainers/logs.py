@@ -7,14 +7,30 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trellis.trainers.event_file import EventFile
 from trellis.utils.io_utils import atomic_write
 
 logger = logging.getLogger(__name__)
+
+
+class OutputError(RuntimeError):
+    """A file of the run, other than a checkpoint, could not be written."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context whose OSError becomes an OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: could not be written: {error}") from error
 
 
 class RunLog:
@@ -22,21 +38,43 @@ class RunLog:
 
     log.txt has one JSON object a step. Resuming at `step` drops the lines of later steps, which a killed run had
     written after its last checkpoint and which will be written again.
+
+    The first write that the system refuses is said in one line and sets `failed`; nothing is written after it.
+
+    Args:
+        step: steps done so far. boards: whether `board` will be called, now and then; then `close` writes the rest.
+
+    Raises:
+        OutputError: the files cannot be made.
     """
 
-    def __init__(self, folder: Path, *, step: int, total_steps: int, enabled: bool) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, total_steps: int, samples_per_step: int, boards: bool, enabled: bool
+    ) -> None:
         self.enabled = enabled
-        self.total_steps = total_steps
-        self._window: dict[str, list[float]] = {}
+        self.failed = False
+        self.total_steps, self.samples_per_step, self.boards = total_steps, samples_per_step, boards
+        self._step = step
+        self._window: dict[str, tuple[float, int]] = {}
         self._printed_at: tuple[int, float] = (step, time.monotonic())
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        self._path, self._board_path = folder / "log.txt", folder / "tb_logs"
+        with writing(self._path):
+            trim_log(self._path, step)
+            self._stream = self._path.open("a", encoding="utf-8")
+        with writing(self._board_path):
+            self._board = EventFile(self._board_path, restart_at=step + 1 if step else None)
 
-        self._path = folder / "log.txt"
-        trim_log(self._path, step)
-        self._stream = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tb_logs"), purge_step=step + 1 if step else None)
+    @contextmanager
+    def _ends_the_log(self, path: Path) -> Iterator[None]:
+        try:
+            with writing(path):
+                yield
+        except OutputError as error:
+            if not self.failed:
+                logger.error("%s; training ends", error)
+            self.failed = True
 
     def restart_clock(self, step: int) -> None:
         """Leave what happened so far out of the rate."""
@@ -44,39 +82,38 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's line. A figure that is not finite becomes null, since JSON has no NaN."""
-        if not self.enabled:
+        if not self.enabled or self.failed:
             return
-        self._stream.write(json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n")
-        self._stream.flush()
-        for key, value in record.items():
+        with self._ends_the_log(self._path):
+            self._stream.write(json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n")
+            self._stream.flush()
+        self._step = int(record["step"])
+        for key, value in record.items() if self.boards else ():
             if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                self._window.setdefault(key, []).append(value)
+                total, count = self._window.get(key, (0.0, 0))
+                self._window[key] = (total + value, count + 1)
 
-    def board(self, step: int, *, samples_per_step: int, extra: dict[str, float]) -> None:
+    def board(self, extra: Mapping[str, float]) -> None:
         """Means since the last call, speed and memory to TensorBoard."""
-        if not self.enabled:
+        if not self.enabled or self.failed:
             return
-        means = {key: sum(values) / len(values) for key, values in self._window.items()}
+        means = {key: total / count for key, (total, count) in self._window.items()}
         self._window.clear()
         if means.get("step_s"):
-            means["samples_per_s"] = samples_per_step / means["step_s"]
+            means["samples_per_s"] = self.samples_per_step / means["step_s"]
         means["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             means["cuda_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        for key, value in {**means, **extra}.items():
-            self._board.add_scalar(key if "/" in key else f"{_group(key)}/{key}", value, step)
-        self._board.flush()
+        figures = {f"{_group(key)}/{key}": value for key, value in means.items()} | dict(extra)
+        with self._ends_the_log(self._board_path):
+            self._board.scalars(self._step, figures)
 
-    def picture(self, step: int, png: bytes) -> None:
-        """A PNG to TensorBoard as it is, without an imaging library to encode it again."""
-        if not self.enabled:
+    def picture(self, png: bytes) -> None:
+        """The samples of this step to TensorBoard."""
+        if not self.enabled or self.failed:
             return
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        height, width = (int.from_bytes(png[i : i + 4], "big") for i in (20, 16))
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag="samples", image=image)]), step)
-        self._board.flush()
+        with self._ends_the_log(self._board_path):
+            self._board.picture(self._step, "samples", png)
 
     def progress(self, record: dict[str, Any]) -> None:
         """A line on the console, with the rate since the last one and the time left."""
@@ -95,9 +132,14 @@ class RunLog:
         logger.info("step %d/%d  %s  %.3g steps/s  %s left", step, self.total_steps, figures, rate, left)
 
     def close(self) -> None:
-        if self.enabled:
-            self._stream.close()
-            self._board.close()
+        """What `board` has not written yet, and the end of the files."""
+        if not self.enabled:
+            return
+        if self._window:
+            self.board({})
+        for path, file in ((self._path, self._stream), (self._board_path, self._board)):
+            with self._ends_the_log(path):
+                file.close()
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -20,6 +20,7 @@ from trellis.trainers.base import Trainer
 from trellis.trainers.build import RunOptions, build_trainer
 from trellis.trainers.checkpoint import CheckpointError, manifest_steps
 from trellis.trainers.launch import DEFAULT_PORT, EXIT_FAILED, EXIT_WRONG_INPUT, configure_logging
+from trellis.trainers.logs import OutputError
 from trellis.trainers.memory import OutOfDeviceMemory
 from trellis.utils.dist_utils import Ranks, ranks_from_environment, start_process_group, stop_process_group
 
@@ -59,7 +60,7 @@ def train_rank(options: RunOptions) -> int:
     except InputError as error:
         logger.error("%s", error)
         return EXIT_WRONG_INPUT
-    except (CheckpointError, OutOfDeviceMemory) as error:
+    except (CheckpointError, OutputError, OutOfDeviceMemory) as error:
         logger.error("%s", error)
         return EXIT_FAILED
     except KeyboardInterrupt:

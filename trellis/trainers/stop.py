@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted, so that the step in progress ends and a checkpoint is written."""
+"""Reasons to stop early: noted, so that the step in progress ends and a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import threading
 from types import FrameType
 from typing import Any
 
+from trellis.trainers.launch import EXIT_FAILED
+
 logger = logging.getLogger(__name__)
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopSignals:
-    """Context in which SIGINT and SIGTERM set a flag; a second signal interrupts at once, without saving."""
+    """Context in which SIGINT and SIGTERM set a flag; a second signal interrupts at once, without saving.
+
+    Attributes:
+        received: the signal, None before one. log_failed: set it where the run's log can no longer be written.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.log_failed = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -38,13 +45,13 @@ class StopSignals:
         logger.info("%s: the step ends, then a checkpoint is written; once more stops at once", self.received.name)
 
     def flags(self) -> list[float]:
-        """[1.0 after SIGINT, 1.0 after SIGTERM]: what ranks sum to agree on stopping."""
-        return [float(self.received is number) for number in EXIT_CODES]
+        """[1.0 after SIGINT, 1.0 after SIGTERM, 1.0 for a failed log]: what ranks sum to agree on stopping."""
+        return [*(float(self.received is number) for number in EXIT_CODES), float(self.log_failed)]
 
 
 def agreed_exit_code(flags: list[float]) -> int | None:
-    """Exit code from `flags` summed over ranks; None when nobody was told to stop."""
-    for flag, code in zip(flags, EXIT_CODES.values()):
+    """Exit code from `flags` summed over ranks; None when nobody has a reason to stop."""
+    for flag, code in zip(flags, (*EXIT_CODES.values(), EXIT_FAILED), strict=True):
         if flag > 0:
             return code
     return None

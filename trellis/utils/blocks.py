@@ -26,6 +26,12 @@ def check_resolution(resolution: int) -> int:
     return value
 
 
+def check_label_value(value: int | None) -> None:
+    """ValueError unless a label's number is None or from 1 to 2^31 - 1, as volumes hold them."""
+    if value is not None and not 1 <= value < 1 << 31:
+        raise ValueError(f"label_value must be from 1 to {(1 << 31) - 1}, got {value}")
+
+
 def _spread_bits(values: np.ndarray) -> np.ndarray:
     """Insert two zero bits between the low 21 bits of each int64 (the usual magic-number dilation)."""
     x = values.astype(np.int64) & 0x1FFFFF
@@ -82,6 +88,8 @@ class SparseSDFBlocks:
         band_voxels: half-width of the band in voxels.
         label, patient_id, prep_hash: text that travels with the shape.
         frame: whose cube it is, "shape", "patient" or "fixed-mm:SIZE".
+        label_value: the label's number in the volume that it came from, 1 or more; None where there is none (a mesh, a
+            file of masks) or it is not known.
     """
 
     block_index: np.ndarray
@@ -93,9 +101,11 @@ class SparseSDFBlocks:
     patient_id: str = ""
     prep_hash: str = ""
     frame: str = "shape"
+    label_value: int | None = None
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
+        check_label_value(self.label_value)
         m = self.block_index.shape[0]
         if self.block_index.shape != (m, 3) or self.block_index.dtype != np.int16:
             raise ValueError(

@@ -30,6 +30,9 @@ class UnreadableFile(ValueError):
         super().__init__(message)
         self.public = public
 
+    def __reduce__(self) -> tuple[type[UnreadableFile], tuple[str, str]]:
+        return type(self), (str(self), self.public)  # to come back whole from a worker process
+
 
 def unreadable(what: str, error: Exception, words: str) -> UnreadableFile:
     """`what: words`; the words are public if it was this package that raised `error`, else only its type is."""
@@ -110,6 +113,8 @@ def save_sparse_sdf(path: str | Path, blocks: SparseSDFBlocks, *, schema: int = 
             "prep_hash": np.str_(blocks.prep_hash),
             "frame": np.str_(blocks.frame),
         }
+        if blocks.label_value is not None:
+            arrays["label_value"] = np.int64(blocks.label_value)
     else:
         raise ValueError(f"schema must be 1 or {SCHEMA_VERSION}, got {schema}")
     with atomic_write(path) as stream:
@@ -196,6 +201,7 @@ def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:
         patient_id=str(fields.get("patient_id", "")),
         prep_hash=str(fields.get("prep_hash", "")),
         frame=str(fields.get("frame", "shape")),
+        label_value=int(fields["label_value"]) if "label_value" in fields else None,
     )
     if not within_unit_interval(blocks.block_sdf):
         raise ValueError("block_sdf must lie in [-1, 1] without NaN")

@@ -43,7 +43,8 @@ def split_components(vertices: np.ndarray, faces: np.ndarray, label: np.ndarray,
 def winding_of_points(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Winding numbers [N] int64 of points [N, 3] in a closed mesh, by the crossings of rays along +z.
 
-    For points in general position: no special care is taken of rays through edges.
+    A ray that meets an edge or a vertex counts as one that passes by at (eps, eps^2) in x and y: of the faces around,
+    it crosses as many as such a ray does (Edelsbrunner & Muecke, Simulation of simplicity, 1990).
     """
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     low = np.minimum(np.minimum(a, b), c)
@@ -54,14 +55,23 @@ def winding_of_points(points: np.ndarray, vertices: np.ndarray, faces: np.ndarra
             (low[:, 0] <= p[0]) & (high[:, 0] > p[0]) & (low[:, 1] <= p[1]) & (high[:, 1] > p[1]) & (high[:, 2] > p[2])
         )
         u, v, w = a[near] - p, b[near] - p, c[near] - p
-        wa = v[:, 0] * w[:, 1] - v[:, 1] * w[:, 0]
-        wb = w[:, 0] * u[:, 1] - w[:, 1] * u[:, 0]
-        wc = u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]
+        (wa, side_a), (wb, side_b), (wc, side_c) = _side_of_edge(v, w), _side_of_edge(w, u), _side_of_edge(u, v)
         area = wa + wb + wc
-        hit = ((wa > 0) & (wb > 0) & (wc > 0)) | ((wa < 0) & (wb < 0) & (wc < 0))
+        hit = (side_a == side_b) & (side_b == side_c)
         z = (wa * u[:, 2] + wb * v[:, 2] + wc * w[:, 2]) / np.where(area == 0, 1, area)
         result[i] = int(np.sign(area[hit & (z > 0)]).sum())
     return result
+
+
+def _side_of_edge(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cross product in x and y of edges relative to a point, [N]; and its sign, of (eps, eps^2) beside where it is 0.
+
+    Both change sign, and nothing else, with the direction of an edge, so that the two faces of an edge agree.
+    """
+    cross = start[:, 0] * end[:, 1] - start[:, 1] * end[:, 0]
+    edge = end - start
+    beside = np.where(edge[:, 1] != 0, -edge[:, 1], edge[:, 0])
+    return cross, np.sign(np.where(cross != 0, cross, beside))
 
 
 def enclosure(vertices: np.ndarray, components: list[Component]) -> np.ndarray:
@@ -88,13 +98,13 @@ def enclosure(vertices: np.ndarray, components: list[Component]) -> np.ndarray:
 def _samples(own: np.ndarray, centres: np.ndarray, limit: int) -> np.ndarray:
     """Points of a component: centres of some faces, its extreme vertices, and more vertices, as many as `limit` allows.
 
-    Vertices are drawn in by a hair's breadth, so that rays do not pass through edges of an aligned mesh.
+    Vertices are drawn in by a hair's breadth: one that touches the other component counts as on its own side.
     """
     middle = own.mean(axis=0)
     extreme = own[np.concatenate([own.argmin(axis=0), own.argmax(axis=0)])]
     rest = own[:: max(1, len(own) // max(min(limit, 4 * MAX_SAMPLES) - 10, 1))]
     inner = np.concatenate([extreme, rest])
-    inner = inner + (middle - inner) * np.array([1.1e-7, 2.3e-7, 3.7e-7])
+    inner = inner + (middle - inner) * 2e-7
     return np.concatenate([centres[:: max(1, len(centres) // 4)][:4], inner])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trellis.models.autoencoders.encoder import SparseSDFEncoder
 from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows
 from trellis.models.autoencoders.pass_sizes import Sizes
 from trellis.modules.quantizers import VectorQuantizer, nearest_code
-from trellis.modules.sparse.attention import flash_takes, has_varlen
+from trellis.modules.sparse.attention import takes_varlen
 from trellis.modules.sparse.kernels.support import has_kernels, on_own_device
 from trellis.modules.sparse.levels import Pyramid, Topology, blocks_from_rows, build_pyramid
 from trellis.modules.sparse.morton import slot_positions
@@ -30,9 +30,9 @@ class SparseSDFVQVAE(nn.Module):
     Args:
         resolution: accepted for compatibility; nothing depends on it.
         model_channels: C, a multiple of 64. latent_channels: L (`embed_dim` is another spelling).
-        num_blocks: transformer blocks of encoder and decoder (`num_blocks_encoder`, `num_blocks_decoder` override).
-        num_embeddings: K codes.
+        num_blocks: transformer blocks of encoder and decoder each. num_embeddings: K codes.
         num_heads: null for C / num_head_channels. mlp_ratio: hidden width of the MLP over C.
+        model_channels_encoder, ..., num_head_channels_decoder: those of one part alone, where they are not null.
         attn_mode: "swin". window_size: side of the attention windows in latent voxels. pe_mode: "ape".
         use_fp16: activations of the trunk in float16 on CUDA (elsewhere float32). use_checkpoint: recompute transformer
             blocks in the backward pass. qk_rms_norm: RMS norm of queries and keys. representation_config: null.
@@ -65,10 +65,14 @@ class SparseSDFVQVAE(nn.Module):
         qk_rms_norm: bool = False,
         representation_config: None = None,
         embed_dim: int | None = None,
+        model_channels_encoder: int | None = None,
+        model_channels_decoder: int | None = None,
         num_blocks_encoder: int | None = None,
         num_blocks_decoder: int | None = None,
         num_heads_encoder: int | None = None,
         num_heads_decoder: int | None = None,
+        num_head_channels_encoder: int | None = None,
+        num_head_channels_decoder: int | None = None,
         use_ema_update: bool = False,
         ema_decay: float = 0.99,
         quantizer_gradient: str = "straight_through",
@@ -81,8 +85,6 @@ class SparseSDFVQVAE(nn.Module):
         arguments = {k: v for k, v in locals().items() if k in inspect.signature(type(self).__init__).parameters}
         arguments.pop("self", None)
         self.config = arguments
-        if model_channels <= 0 or model_channels % 64:
-            raise ValueError(f"model_channels must be a positive multiple of 64, got {model_channels}")
         if attn_mode != "swin":
             raise ValueError(f'attn_mode must be "swin", got {attn_mode!r}')
         if pe_mode != "ape":
@@ -95,9 +97,7 @@ class SparseSDFVQVAE(nn.Module):
         assert latent is not None
         if window_size < 2 or window_size % 2:
             raise ValueError(f"window_size must be even and at least 2, got {window_size}")
-        heads = num_heads or max(1, model_channels // num_head_channels)
         common: dict[str, Any] = {
-            "model_channels": model_channels,
             "latent_channels": latent,
             "mlp_ratio": mlp_ratio,
             "window_size": window_size,
@@ -110,16 +110,8 @@ class SparseSDFVQVAE(nn.Module):
         self._graphs = PassGraphs()
         self.use_fp16 = use_fp16
         self._compute_dtype: torch.dtype | None = None
-        self.encoder = SparseSDFEncoder(
-            **common,
-            num_blocks=num_blocks if num_blocks_encoder is None else num_blocks_encoder,
-            num_heads=num_heads_encoder or heads,
-        )
-        self.decoder = SparseSDFDecoder(
-            **common,
-            num_blocks=num_blocks if num_blocks_decoder is None else num_blocks_decoder,
-            num_heads=num_heads_decoder or heads,
-        )
+        self.encoder = SparseSDFEncoder(**common, **part_arguments(arguments, "encoder"))
+        self.decoder = SparseSDFDecoder(**common, **part_arguments(arguments, "decoder"))
         self.quantizer = VectorQuantizer(
             num_embeddings,
             latent,
@@ -297,8 +289,7 @@ class SparseSDFVQVAE(nn.Module):
             and self.device.type == "cuda"
             and self.compute_dtype in (torch.float16, torch.bfloat16)
             and has_kernels(self.device, self.compute_dtype)
-            and has_varlen()
-            and all(flash_takes(self.device, self.compute_dtype, dim) for dim in self._head_dims())
+            and all(takes_varlen(self.device, self.compute_dtype, dim) for dim in self._head_dims())
             and self.backend in ("auto", "triton")
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
@@ -408,6 +399,42 @@ class SparseSDFVQVAE(nn.Module):
         if not rows:
             raise ValueError("initialize_codebook needs at least one batch")
         self.quantizer.initialize(torch.cat(rows), seed)
+
+
+def part_arguments(config: Mapping[str, Any], part: str) -> dict[str, int]:
+    """`model_channels`, `num_blocks` and `num_heads` of the "encoder" or "decoder" from the arguments of the model.
+
+    Raises:
+        ValueError: a value outside its rule, by the name that it was given under.
+    """
+
+    def given(name: str) -> tuple[str, Any]:
+        own = f"{name}_{part}"
+        return (name, config[name]) if config[own] is None else (own, config[own])
+
+    name, channels = given("model_channels")
+    if channels <= 0 or channels % 64:
+        raise ValueError(f"{name} must be a positive multiple of 64, got {channels}")
+    name, blocks = given("num_blocks")
+    if blocks < 0:
+        raise ValueError(f"{name} must be at least 0, got {blocks}")
+    name, heads = _heads(config, part, channels)
+    if heads < 1 or channels % heads:
+        raise ValueError(f"{name} must divide the {channels} channels of the {part}, which {heads} heads do not")
+    return {"model_channels": channels, "num_blocks": blocks, "num_heads": heads}
+
+
+def _heads(config: Mapping[str, Any], part: str, channels: int) -> tuple[str, int]:
+    """The argument that counts and its heads: a part's own before the common ones, heads before their width."""
+    for suffix in (f"_{part}", ""):
+        heads, width = config[f"num_heads{suffix}"], config[f"num_head_channels{suffix}"]
+        if heads is not None:
+            return f"num_heads{suffix}", heads
+        if width is not None and width < 1:
+            raise ValueError(f"num_head_channels{suffix} must be at least 1, got {width}")
+        if width is not None:
+            return f"num_head_channels{suffix}", max(1, channels // width)
+    raise ValueError("num_head_channels must be a number where num_heads is null, got null")
 
 
 class _Caller(nn.Module):

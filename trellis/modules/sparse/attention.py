@@ -56,11 +56,16 @@ def sorted_attention(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan) -> Tenso
     rows, _, dim = q.shape
     if rows == 0:
         return torch.zeros_like(q)
-    if has_varlen() and flash_takes(q.device, q.dtype, dim) and plan.num_windows <= MAX_WINDOWS:
+    if takes_varlen(q.device, q.dtype, dim) and plan.num_windows <= MAX_WINDOWS:
         return varlen_attention(q, k, v, plan)
     if q.device.type != "cpu" and plan.num_windows * padded_length(plan.max_length) <= MAX_PADDING * rows:
         return evenly_padded_attention(q, k, v, plan)
     return padded_attention(q, k, v, plan)
+
+
+def takes_varlen(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether rows of `dim` channels a head go through `varlen_attention`, windows permitting, not padded."""
+    return has_varlen() and flash_takes(device, dtype, dim)
 
 
 def flash_takes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:

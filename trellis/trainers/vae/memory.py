@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from trellis.models.autoencoders.ss_vqvae import part_arguments
+
 # Fitted to the peaks of forward and backward passes on an H100 (PyTorch 2.11, C = 512), which grow in proportion to the
 # blocks: 249 kB a block with 8 + 8 layers in half precision on real shapes, 173 kB with 4 + 4 and a plain mean of
 # squares. Numbers of the activations' type for each channel of each latent voxel:
@@ -29,10 +31,11 @@ def bytes_per_block(config: Mapping[str, Any], mode: str | None) -> float:
         config: arguments of the model. mode: `fp16_mode` of the trainer.
     """
     number = 4 if mode is None else 2
-    blocks = config["num_blocks"]
-    layers = sum(blocks if config[key] is None else config[key] for key in ("num_blocks_encoder", "num_blocks_decoder"))
-    kept = LAYER + layers * CHECKPOINTED_LAYER if config["use_checkpoint"] else layers * LAYER
-    return MARGIN * (config["model_channels"] * number * (kept + CONVOLUTIONS) + OUTPUT)
+    parts = [part_arguments(config, part) for part in ("encoder", "decoder")]
+    widest = max(part["model_channels"] for part in parts)
+    layers = sum(part["model_channels"] * part["num_blocks"] for part in parts)
+    kept = LAYER * widest + CHECKPOINTED_LAYER * layers if config["use_checkpoint"] else LAYER * layers
+    return MARGIN * (number * (kept + CONVOLUTIONS * widest) + OUTPUT)
 
 
 def sample_bytes(sample: Mapping[str, Any], *, bytes_per_block: float) -> int:

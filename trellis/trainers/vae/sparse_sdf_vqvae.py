@@ -81,11 +81,13 @@ class SparseSDFVQVAEObjective:
     """What `losses` sums; the first is what is minimised."""
     collate = staticmethod(collate)
 
-    def __init__(self, model: nn.Module, args: TrainerArgs, *, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, args: TrainerArgs, *, device: torch.device, speaks: bool = True) -> None:
         self.args = args
         self.quantizer: Any = model.quantizer
         self.model_config: dict[str, Any] = model.config
-        self.usage = CodebookUsage(self.quantizer.codebook.shape[0], device)
+        self.usage = CodebookUsage(
+            self.quantizer.codebook.shape[0], device, reseed_after=self.quantizer.reseed_after, speaks=speaks
+        )
         if self.quantizer.use_ema_update and args.lambda_vq:
             logger.info("the codebook follows moving averages (use_ema_update): lambda_vq has no effect")
 
@@ -109,7 +111,7 @@ class SparseSDFVQVAEObjective:
             raise ValueError(too_large(large[0], cost[large[0]], limit.limit_bytes) + more)
 
     def check_batch(self, batch: Batch) -> None:
-        """Refuse, on the CPU, a shape that no loss could come from."""
+        """Refuse a micro-batch whose voxels int32 cannot count."""
         sizes = batch["blocks_per_sample"].tolist()
         if sum(sizes) > MAX_BLOCKS:
             largest = batch["sha256"][sizes.index(max(sizes))]
@@ -117,10 +119,6 @@ class SparseSDFVQVAEObjective:
                 f"shape {largest}: a micro-batch must have at most {MAX_BLOCKS} blocks, whose voxels int32 can count, "
                 f"got {sum(sizes)}, {max(sizes)} of them in this shape; crop it with max_points, or raise batch_split"
             )
-        parts = zip(batch["sha256"], batch["loss_blocks"].split(sizes))
-        for sha256, part in parts:
-            if not bool(part.any()):
-                raise ValueError(f"shape {sha256}: no block that counts for the loss is left (max_points is too small)")
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sums over the shapes of a batch of `terms`: [6], the first with gradient."""
