@@ -117,8 +117,8 @@ def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_pa
     codebook = trainer.precision.parameters["quantizer.codebook"]
     real, rows = trainer.objective.commit, torch.tensor([3, 17])
 
-    def commit(step: int, *, overwrite: bool):
-        overwritten = real(step, overwrite=overwrite)
+    def commit(step: int, **given):
+        overwritten = real(step, **given)
         if step == 3:
             with torch.no_grad():
                 codebook[rows] = 7.0

@@ -58,7 +58,9 @@ class Objective(Protocol):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor: ...
     def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
     def statistics(self) -> tuple[Mapping[str, Tensor], Tensor]: ...
-    def commit(self, step: int, *, overwrite: bool) -> Mapping[str, Tensor]: ...
+    def commit(
+        self, step: int, *, overwrite: bool, batches: Sequence[Batch], places: Sequence[int]
+    ) -> Mapping[str, Tensor]: ...
     def discard(self) -> None: ...
     def finish_epoch(self) -> dict[str, float]: ...
     def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None: ...
@@ -76,7 +78,7 @@ class Trainer:
     Args:
         model_name: name of the checkpoints' files.
         model: on `device`, its weights as training shall start.
-        dataset: `len` and samples by (epoch, index).
+        dataset: `len`, samples by (epoch, index), and `expected_blocks`, their sizes.
         metadata: plain values for the weights files.
     """
 
@@ -104,7 +106,8 @@ class Trainer:
                 args.batch_split, per_rank, per_rank,
             )
         self.sampler = ResumableSampler(
-            len(dataset), per_rank, seed=args.seed, rank=ranks.rank, world_size=ranks.world_size
+            len(dataset), per_rank, seed=args.seed, rank=ranks.rank, world_size=ranks.world_size,
+            sizes=dataset.expected_blocks(),
         )
         for tensor in model.state_dict().values():
             broadcast_from_first_(tensor)
@@ -242,7 +245,11 @@ class Trainer:
             self._count_skipped(micro_batches)
             return
         self._skipped = 0
-        for name, rows in self.objective.commit(self.step + 1, overwrite=overwrite).items():
+        places = self.sampler.places() if overwrite else []
+        overwritten = self.objective.commit(
+            self.step + 1, overwrite=overwrite, batches=micro_batches, places=places
+        )
+        for name, rows in overwritten.items():
             self._forget_moments(name, rows)
         for ema in self.ema.values():
             ema.update(self.precision.weights())
