@@ -133,7 +133,7 @@ def held_tensors(trainer: Any) -> list[torch.Tensor]:
     kept = {t.data_ptr(): t for t in [*trainer.model.state_dict().values(), *trainer.precision.weights().values()]}
     tensors = [*kept.values(), trainer.precision.gradient]
     tensors += [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return tensors + [t for ema in trainer.ema.values() for t in ema.shadow.values()]
+    return tensors + [ema.average for ema in trainer.ema.values()]
 
 
 def main() -> None:

@@ -278,7 +278,7 @@ class VectorQuantizer(nn.Module):
         pending.reduced = True
         if not self.reseed_after:
             return pending.counts, torch.zeros_like(pending.counts[0])
-        unused = torch.where(pending.counts > 0, 0, self.unused_steps + 1)
+        unused = (self.unused_steps + 1).masked_fill_(pending.counts > 0, 0)
         return pending.counts, (unused >= self.reseed_after).sum()
 
     @torch.no_grad()
@@ -295,7 +295,8 @@ class VectorQuantizer(nn.Module):
         Raises:
             RuntimeError: no forward in training mode came before.
         """
-        self.reduce()
+        if self._pending is None or not self._pending.reduced:
+            self.reduce()
         pending, self._pending = self._pending, None
         if pending.sums is not None:
             self.ema_count.mul_(self.ema_decay).add_(pending.counts, alpha=1 - self.ema_decay)
