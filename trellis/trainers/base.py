@@ -62,6 +62,8 @@ class Objective(Protocol):
         self, step: int, *, overwrite: bool, batches: Sequence[Batch], places: Sequence[int]
     ) -> Mapping[str, Tensor]: ...
     def discard(self) -> None: ...
+    def spare_bytes(self, model: nn.Module) -> int: ...
+    def release_spare(self, model: nn.Module) -> None: ...
     def finish_epoch(self) -> dict[str, float]: ...
     def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -194,13 +196,7 @@ class Trainer:
         self, micro_batches: list[Batch], stop: StopSignals, meanwhile: Callable[[], None]
     ) -> tuple[dict[str, Any], list[float]]:
         names = self.objective.terms
-        # One vector for all that ranks sum but the gradient: losses, and reasons to stop.
-        sums = torch.zeros(len(names) + NUM_FLAGS, device=self.device)
-        for batch in micro_batches:
-            terms = self.objective.losses(self.model, batch)
-            self.precision.backward(terms[0] / self.sampler.global_batch)
-            sums[: len(names)] += terms.detach()
-            del terms  # while its graph lives, gradients are tied to this stream and no pass can be recorded
+        sums = self._passes_in_memory(micro_batches)
         self.precision.collect()
         sum_over_ranks_(self.precision.gradient)
         for place, flag in enumerate(stop.flags(), start=len(names)):
@@ -233,6 +229,31 @@ class Trainer:
         if self.sampler.epoch > epoch:
             record |= {"epoch": self.sampler.epoch, **self.objective.finish_epoch()}
         return record, flags
+
+    def _passes_in_memory(self, micro_batches: list[Batch]) -> Tensor:
+        """`_passes`; where memory runs out, once more with what the model holds for speed alone given back."""
+        try:
+            return self._passes(micro_batches)
+        except torch.OutOfMemoryError:
+            if not self.objective.spare_bytes(self.model):
+                raise
+        # Outside of the handler, which keeps what the failed pass held. All micro-batches again: gradients and
+        # statistics of the codebook hold some of the failed one, and cannot be told apart.
+        self.precision.drop()
+        self.objective.discard()
+        self.objective.release_spare(self.model)
+        return self._passes(micro_batches)
+
+    def _passes(self, micro_batches: list[Batch]) -> Tensor:
+        """Forward and backward; returns what ranks sum beside the gradient: losses, and zeros for reasons to stop."""
+        terms = len(self.objective.terms)
+        sums = torch.zeros(terms + NUM_FLAGS, device=self.device)
+        for batch in micro_batches:
+            losses = self.objective.losses(self.model, batch)
+            self.precision.backward(losses[0] / self.sampler.global_batch)
+            sums[:terms] += losses.detach()
+            del losses  # while its graph lives, gradients are tied to this stream and no pass can be recorded
+        return sums
 
     def _update(self, norm: float, limit: float, micro_batches: list[Batch], *, overwrite: bool) -> None:
         """One optimizer step, or none where the gradient is not finite; all ranks see the same norm and agree."""

@@ -193,8 +193,19 @@ class SparseSDFVQVAEObjective:
         return {"quantizer.codebook": report.reseeded}
 
     def discard(self) -> None:
-        """After a skipped step: its statistics never happened."""
+        """After a step that is skipped, or passes that are repeated: its statistics never happened."""
         self.quantizer.discard()
+
+    def spare_bytes(self, model: Any) -> int:
+        """Memory that the model holds for speed alone: recorded passes."""
+        return model.graph_bytes
+
+    def release_spare(self, model: Any) -> None:
+        """Give that memory back for good; no pass may be under way."""
+        held = model.graph_bytes / 1e9
+        logger.warning("no CUDA graphs from here on: a step ran out of memory beside their %.1f GB", held)
+        model.cuda_graphs = False
+        model.release_graphs()
 
     def finish_epoch(self) -> dict[str, float]:
         return self.usage.finish_epoch()
