@@ -30,8 +30,8 @@ SMALL = (
     "trainer.args.codebook_init_samples=1", "trainer.args.batch_split=1", "trainer.args.num_workers=0",
     "trainer.args.optimizer.args.fused=true",  # the default on CUDA
 )
-WARM_UP = 25
-"""Steps before the one that is counted: the loss scale is found in them."""
+WARM_UP = 8
+"""Steps before the one that is counted: the loss scale is found in them, and the optimizer makes its moments."""
 
 
 class Operations(TorchDispatchMode):
@@ -61,24 +61,33 @@ class Operations(TorchDispatchMode):
 
 
 def count(trainer: base.Trainer) -> tuple[Operations, tuple[int, int]]:
-    """What the next step dispatches, and (operations, tensors in lists) of it up to the wait."""
+    """What the next step dispatches, and (operations, tensors in lists) of it up to the wait.
+
+    Steps that are skipped or end an epoch are passed over.
+    """
     operations = Operations()
     step, update = trainer._train_step, trainer._update
-    at_wait: list[tuple[int, int]] = []
+    at_wait = (0, 0)
 
     def counted_step(*args: Any) -> Any:
+        operations.counts.clear()
+        operations.listed = 0
         with operations:
             return step(*args)
 
-    def marked_update(*args: Any, **kwargs: Any) -> None:
-        at_wait.append((operations.counts.total(), operations.listed))
-        update(*args, **kwargs)
+    def marked_update(*args: Any, **named: Any) -> None:
+        nonlocal at_wait
+        at_wait = operations.counts.total(), operations.listed
+        update(*args, **named)
 
     trainer._train_step, trainer._update = counted_step, marked_update  # type: ignore[method-assign]
     trainer.objective.losses = operations.left_out(trainer.objective.losses)  # type: ignore[method-assign]
     trainer.precision.backward = operations.left_out(trainer.precision.backward)  # type: ignore[method-assign]
-    trainer.run(max_steps=1)
-    return operations, at_wait[0]
+    while True:
+        epoch = trainer.sampler.epoch
+        trainer.run(max_steps=1)
+        if trainer._skipped == 0 and trainer.sampler.epoch == epoch:
+            return operations, at_wait
 
 
 def main() -> None:
