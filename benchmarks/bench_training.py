@@ -1,12 +1,18 @@
 """A whole training step on prepared shapes: loading, network, optimizer, averages, log.
 
 python benchmarks/bench_training.py DATA [--config FILE] [--set KEY=VALUE ...] [--steps N] [--json FILE] [--ranks 2]
+    [--cold] [--device cpu]
 
-DATA is a prepared folder. Prints, and appends to FILE: seconds to the first step (codebook and compiled kernels
-included; a second run finds the kernels compiled), milliseconds a step, the share of that time in which the GPU is
-busy (union of kernels and copies in a profile of the steps after, over the milliseconds of unprofiled steps), wait for
-data, waits for the device, peak memory, and what the trainer estimated for its largest micro-batch. With --ranks it
-starts that many processes through torchrun, one GPU each; shapes per second tell how it scales.
+DATA is a prepared folder. Prints, and appends to FILE: seconds to the end of the first step (building and the codebook
+included), and whether kernels were compiled for it ("cold": Triton's cache was empty; --cold gives it an empty one);
+milliseconds a step, and two floors: what the GPU is busy in it (union of kernels and copies in a profile of the steps
+after), and the arithmetic of an average step as bench_network.py counts it; wait for data, waits for the device, peak
+memory, and what the trainer estimated for its largest micro-batch.
+
+With --ranks it starts that many processes through torchrun, one GPU each. Then there are also the bound that the sizes
+of shapes set for scaling, and, where FILE has a row of one rank with the same settings, the throughput over that one.
+
+--device cpu tries the command out: no figure of it is about speed.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_network import RATE, multiply_adds
+from bench_rank_balance import bound
 from shell_batch import machine
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,6 +41,15 @@ from trellis.utils.dist_utils import barrier, ranks_from_environment, start_proc
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "vae" / "sparse_sdf_vqvae_512.json"
 PROFILED = 12
+AIM_BUSY = 0.9
+AIM_TWO_RANKS = 1.85
+
+
+def cached_kernels() -> int:
+    """Entries of Triton's cache."""
+    home = Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", home))
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def busy_ms(trace: Path) -> tuple[float, int]:
@@ -49,10 +66,10 @@ def busy_ms(trace: Path) -> tuple[float, int]:
 class Watch:
     """Follows a run step by step: warm-up, timed steps, one step whose waits are counted, profiled steps."""
 
-    def __init__(self, warm_up: int, steps: int, first_step: int) -> None:
-        self.begun = time.perf_counter()
+    def __init__(self, warm_up: int, steps: int, first_step: int, *, cuda: bool) -> None:
+        self.cuda = cuda
         self.timed = (first_step + warm_up, first_step + warm_up + steps)
-        self.last = self.timed[1] + 1 + PROFILED
+        self.last = self.timed[1] + (1 + PROFILED if cuda else 0)
         self.first = first_step + 1
         self.times: dict[str, float] = {}
         self.peak = 0
@@ -62,10 +79,14 @@ class Watch:
 
     def after_step(self, step: int) -> None:
         if step in (self.first, *self.timed, self.last):
-            torch.cuda.synchronize()
+            if self.cuda:
+                torch.cuda.synchronize()
             self.times[str(step)] = time.perf_counter()
         if step == self.timed[0]:
             barrier()
+        if not self.cuda:
+            return
+        if step == self.timed[0]:
             torch.cuda.reset_peak_memory_stats()
         if step == self.timed[1]:
             self.peak = torch.cuda.max_memory_allocated()
@@ -85,27 +106,48 @@ class Watch:
 def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The figures of one configuration."""
     ranks = ranks_from_environment()
-    device = torch.device("cuda", ranks.local_rank)
-    torch.cuda.set_device(device)
+    cuda = args.device == "cuda"
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    kernels_before = cached_kernels()
     start_process_group(ranks, device)
     options = RunOptions(
         config=str(args.config), output_dir=str(folder), data_dir=args.data,
-        overrides=("trainer.args.max_steps=100000", *args.overrides), device="cuda",
+        overrides=("trainer.args.max_steps=100000", *args.overrides), device=args.device,
     )
     began = time.perf_counter()
     trainer = build_trainer(options, ranks, device)
     built = time.perf_counter()
-    watch = Watch(args.warm_up, args.steps, trainer.step)
+    watch = Watch(args.warm_up, args.steps, trainer.step, cuda=cuda)
     trainer.run(max_steps=watch.last, after_step=watch.after_step)
     seconds = watch.times[str(watch.timed[1])] - watch.times[str(watch.timed[0])]
     step_ms = 1e3 * seconds / args.steps
-    trace = folder / f"trace{ranks.rank}.json"
-    watch.recorder.export_chrome_trace(str(trace))
-    busy, kernels = busy_ms(trace)
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()] if ranks.is_first else []
     timed = [r for r in lines if watch.timed[0] < r["step"] <= watch.timed[1]]
+    median = median_ms(timed, "step_s")
+    on_gpu: dict[str, Any] = {}
+    if cuda:
+        trace = folder / f"trace{ranks.rank}.json"
+        watch.recorder.export_chrome_trace(str(trace))
+        busy, kernels = busy_ms(trace)
+        on_gpu = {
+            "gpu_busy_ms": round(busy / PROFILED, 2), "gpu_busy_share": round(busy / PROFILED / step_ms, 4),
+            "gpu_busy_share_of_median": round(busy / PROFILED / median, 4) if median else None,
+            "aim_busy_share": AIM_BUSY, "kernels_per_step": round(kernels / PROFILED),
+            "waits_for_device": watch.waits, "peak_gb": round(watch.peak / 1e9, 2),
+        }
     limit = trainer.memory_limit()
-    cost = [limit.cost(trainer.dataset[0, i]) for i in range(len(trainer.dataset))]
+    samples = (trainer.dataset[0, i] for i in range(len(trainer.dataset)))
+    cost, level_sizes = zip(*((limit.cost(sample), sample["level_sizes"]) for sample in samples))
+    each = trainer.sampler.batch_size
+    average = [each * statistics.fmean(sizes) for sizes in zip(*level_sizes)]
+    model = trainer.objective.model_config
+    work = 3 * sum(multiply_adds(average, model["model_channels"], model["num_blocks"]))
+    scaling = {}
+    sizes = trainer.sampler.sizes
+    if ranks.world_size > 1 and sizes is not None:
+        scaling["bound_over_one_rank_by_sizes"] = round(bound(sizes, ranks.world_size, each, 2000, shared_out=True), 3)
     held = sum(t.numel() * t.element_size() for t in held_tensors(trainer))
     stop_process_group()
     return {
@@ -113,12 +155,13 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "overrides": list(args.overrides), "fp16_mode": trainer.precision.mode,
         "warm_up": args.warm_up, "steps": args.steps,
         "parameters": trainer.precision.gradient.numel(), "shapes_per_step": trainer.sampler.global_batch,
+        "start": "cold" if kernels_before == 0 else "kernels cached", "cached_kernels": kernels_before,
         "build_s": round(built - began, 2), "first_step_s": round(watch.times[str(watch.first)] - built, 2),
-        "step_ms": round(step_ms, 2), "median_step_ms": median_ms(timed, "step_s"),
-        "shapes_per_s": round(1e3 * trainer.sampler.global_batch / step_ms, 2),
-        "data_wait_ms": median_ms(timed, "data_s"), "gpu_busy_ms": round(busy / PROFILED, 2),
-        "gpu_busy_share": round(busy / PROFILED / step_ms, 4), "kernels_per_step": round(kernels / PROFILED),
-        "waits_for_device": watch.waits, "peak_gb": round(watch.peak / 1e9, 2),
+        "start_s": round(watch.times[str(watch.first)] - began, 2),
+        "step_ms": round(step_ms, 2), "median_step_ms": median,
+        "arithmetic_floor_ms": round(2e3 * work / RATE, 2),
+        "shapes_per_s": round(1e3 * trainer.sampler.global_batch / step_ms, 2), **scaling,
+        "data_wait_ms": median_ms(timed, "data_s"), **on_gpu,
         "weights_and_optimizer_gb": round(held / 1e9, 2), "estimated_largest_shape_gb": round(max(cost) / 1e9, 2),
         "last_loss": lines[-1]["loss"] if lines else None,
     }
@@ -133,7 +176,17 @@ def held_tensors(trainer: Any) -> list[torch.Tensor]:
     kept = {t.data_ptr(): t for t in [*trainer.model.state_dict().values(), *trainer.precision.weights().values()]}
     tensors = [*kept.values(), trainer.precision.gradient]
     tensors += [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return tensors + [t for ema in trainer.ema.values() for t in ema.shadow.values()]
+    return tensors + [ema.average for ema in trainer.ema.values()]
+
+
+def over_one_rank(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Throughput over the last of `rows` that differs in the number of ranks alone, of which it has one."""
+    same = ("gpu", "config", "overrides", "fp16_mode")
+    alone = [r for r in rows if r["ranks"] == 1 and all(r.get(key) == row[key] for key in same)]
+    if row["ranks"] == 1 or not alone:
+        return {}
+    figures = {"over_one_rank": round(row["shapes_per_s"] / alone[-1]["shapes_per_s"], 3)}
+    return figures | ({"aim_over_one_rank": AIM_TWO_RANKS} if row["ranks"] == 2 else {})
 
 
 def main() -> None:
@@ -145,20 +198,25 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=40, help="steps before; passes are recorded as graphs in them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="give Triton an empty cache")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args()
     if args.ranks > 1 and "RANK" not in os.environ:
-        if torch.cuda.device_count() < args.ranks:
+        if args.device == "cuda" and torch.cuda.device_count() < args.ranks:
             parser.error(f"--ranks {args.ranks} needs as many GPUs, there are {torch.cuda.device_count()}")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
         os.execv(sys.executable, [*launcher, str(Path(__file__).resolve()), *sys.argv[1:]])
     configure_logging()
     with tempfile.TemporaryDirectory() as folder:
+        if args.cold:
+            os.environ["TRITON_CACHE_DIR"] = str(Path(folder) / "kernels")
         row = bench(args, Path(folder) / f"rank{os.environ.get('RANK', 0)}")
     if os.environ.get("RANK", "0") != "0":
         return
+    rows = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
+    row |= over_one_rank(row, rows)
     print(json.dumps(row), flush=True)
     if args.json:
-        rows = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
         args.json.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
 
 

@@ -49,12 +49,11 @@ def main() -> None:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        trainer.precision.zero_gradient()
         terms = trainer.objective.losses(trainer.model, batch)
         trainer.precision.backward(terms[0])
         peak = torch.cuda.max_memory_allocated() - before
         trainer.objective.discard()
-        trainer.precision.zero_gradient()
+        trainer.precision.drop()
         del terms
         row = {"blocks": len(sample["block_coords"]), "level_sizes": sample["level_sizes"]}
         results["rows"].append({**row, "measured_gb": peak / 1e9, "estimated_gb": cost(sample) / 1e9})

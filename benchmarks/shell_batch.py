@@ -56,13 +56,13 @@ def timed(function, repeats: int, warmup: int = 2) -> list[float]:
     return sorted(times)
 
 
-def machine() -> dict[str, str]:
-    """Card and versions."""
+def machine() -> dict[str, str | None]:
+    """Card (None without one) and versions."""
     import triton
 
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
+        "cuda": None if torch.version.cuda is None else str(torch.version.cuda),
     }

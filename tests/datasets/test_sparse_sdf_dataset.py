@@ -156,6 +156,16 @@ def test_min_points_refuses_and_says_so(root, shape, caplog):
         SparseSDF(root, resolution=64, min_points=10**9)
 
 
+def test_expected_blocks_are_those_of_the_samples_and_about_those_of_crops(root):
+    dataset = SparseSDF(root, resolution=64)
+    assert dataset.expected_blocks() == [len(dataset[i]["block_coords"]) for i in range(len(dataset))]
+    half = dataset.items[1].num_voxels // 2
+    crops = SparseSDF(root, resolution=64, max_points=half).expected_blocks()
+    assert crops[1] == pytest.approx(dataset.items[1].num_blocks / 2, abs=1)
+    (root / "metadata.csv").write_text((root / "metadata.csv").read_text().replace("r64_num_blocks", "other"))
+    assert SparseSDF(root, resolution=64).expected_blocks() is None
+
+
 def test_crop_is_a_box_within_budget_with_a_silent_rim(root, shape):
     budget = 4000
     dataset = SparseSDF(root, resolution=64, max_points=budget)

@@ -175,6 +175,35 @@ def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(monkey
     assert torch.equal(*books)
 
 
+def test_rows_of_interleaved_shapes_count_in_the_joint_order(monkeypatch):
+    """Shapes 0 and 3 on one rank, 1 and 2 on the other: the codes get what one rank with 0, 1, 2, 3 would give them."""
+    monkeypatch.setattr(quantizers, "MAX_POOL_ROWS", 9)
+    shapes = [torch.randn(n, 2) for n in (3, 4, 2, 5)]
+    own, other = [0, 3], [1, 2]
+
+    def rows(places):
+        return torch.cat([shapes[i] for i in places])
+
+    def order(places):
+        return torch.cat([torch.full((len(shapes[i]),), i) for i in places])
+
+    books = []
+    for mine, others in (([0, 1, 2, 3], None), (own, other)):
+        def joint(value, others=others):
+            if others is None:
+                return value
+            return torch.cat([value, rows(others) if value.is_floating_point() else order(others)[:, None]])
+
+        monkeypatch.setattr(quantizers, "gather_rows", joint)
+        quantizer = VectorQuantizer(6, 2, reseed_after=1)
+        with torch.no_grad():
+            quantizer.codebook.copy_(torch.full((6, 2), 100.0))
+        quantizer(rows(mine))
+        assert quantizer.commit(1, order=order(mine)).reseeded.numel() == 5
+        books.append(quantizer.codebook.detach()[1:].clone())
+    assert torch.equal(*books)
+
+
 def test_nothing_moves_where_it_was_found_needless():
     quantizer = VectorQuantizer(4, 2, reseed_after=5)
     quantizer(torch.randn(9, 2))

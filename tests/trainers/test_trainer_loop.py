@@ -87,7 +87,8 @@ def test_a_step_that_overflows_leaves_no_trace(tmp_path: Path, prepared: Path, u
 
     def remember(step: int) -> None:
         seen[step] = {name: t.clone() for name, t in trainer.model.state_dict().items()}
-        seen[step, "ema"] = {name: t.clone() for name, t in trainer.ema[0.99].shadow.items()}
+        averages = trainer.precision.weights(trainer.ema[0.99].average)
+        seen[step, "ema"] = {name: t.clone() for name, t in averages.items()}
         seen[step, "usage"] = trainer.objective.usage.recent.clone()
         seen[step, "moments"] = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
 
@@ -117,8 +118,8 @@ def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_pa
     codebook = trainer.precision.parameters["quantizer.codebook"]
     real, rows = trainer.objective.commit, torch.tensor([3, 17])
 
-    def commit(step: int, *, overwrite: bool):
-        overwritten = real(step, overwrite=overwrite)
+    def commit(step: int, **given):
+        overwritten = real(step, **given)
         if step == 3:
             with torch.no_grad():
                 codebook[rows] = 7.0
@@ -132,10 +133,11 @@ def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_pa
         moments = trainer.precision.view("quantizer.codebook", state[key])
         assert moments.shape == codebook.shape and (moments[rows] == 0).all()
         assert (moments[[i for i in range(32) if i not in (3, 17)]] != 0).any()
-    assert torch.equal(trainer.ema[0.99].shadow["quantizer.codebook"], codebook)
-    assert (codebook[rows] == 7).all()
+    trainer.save()
+    averages = load_weights(find_checkpoint(tmp_path / "run").ema["0.99"])
+    assert torch.equal(averages["quantizer.codebook"], codebook) and (codebook[rows] == 7).all()
     name = "decoder.out_layer.weight"
-    assert not torch.equal(trainer.ema[0.99].shadow[name], trainer.model.state_dict()[name])
+    assert not torch.equal(averages[name], trainer.model.state_dict()[name])
 
 
 def test_resume_in_process_and_other_ema_rates(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
@@ -197,7 +199,8 @@ def test_weights_to_start_from(tmp_path: Path, prepared: Path):
         assert all(torch.equal(t, saved[name]) for name, t in trainer.model.state_dict().items())
     trainer = build(tmp_path, prepared, tiny_config(pretrained_vae_path=str(found.model)), "pretrained")
     assert bool(trainer.model.quantizer.initialized)
-    assert all(torch.equal(t, saved[name]) for name, t in trainer.ema[0.99].shadow.items())
+    averages = trainer.precision.weights(trainer.ema[0.99].average)
+    assert all(torch.equal(t, saved[name]) for name, t in averages.items())
     config = tiny_config(pretrained_vae_path=str(found.model))
     config["models"]["vqvae"]["args"]["num_blocks"] = 2
     with pytest.raises(InputError, match='(?s)does not fit.*fits a config with .*"num_blocks": 1'):

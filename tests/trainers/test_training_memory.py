@@ -13,7 +13,7 @@ from trellis.datasets.sparse_sdf import collate, sample_from_blocks
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.trainers.build import RunOptions, build_trainer
 from trellis.trainers.loader import split_and_collate
-from trellis.trainers.memory import MemoryLimit, out_of_memory
+from trellis.trainers.memory import MemoryLimit, OutOfDeviceMemory, out_of_memory
 from trellis.trainers.run import train_rank
 from trellis.trainers.vae import sparse_sdf_vqvae
 from trellis.trainers.vae.memory import bytes_per_block, sample_bytes
@@ -103,3 +103,48 @@ def test_running_out_of_memory_is_one_message(tmp_path: Path, prepared: Path, mo
     assert "step 1: the device ran out of memory" in caplog.text and "max_points" in caplog.text
     assert "shape0" in caplog.text and "Traceback" not in caplog.text
     assert "Tried" not in str(out_of_memory(1, [], torch.device("cpu"), "CUDA out of memory. Tried"))
+
+
+def out_of_memory_once(trainer, at_call: int, recorded: list[int], monkeypatch) -> None:
+    """Let a backward pass run out of memory when its gradients are there; `recorded` holds the bytes of graphs."""
+    backward, calls = trainer.precision.backward, []
+
+    def failing(loss):
+        backward(loss)
+        calls.append(1)
+        if len(calls) == at_call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(trainer.precision, "backward", failing)
+    monkeypatch.setattr(SparseSDFVQVAE, "graph_bytes", property(lambda model: sum(recorded)))
+    monkeypatch.setattr(SparseSDFVQVAE, "release_graphs", lambda model: recorded.clear())
+
+
+@pytest.mark.parametrize("use_ema_update", [False, True])
+def test_recorded_passes_give_way_to_a_backward_pass(tmp_path, prepared, use_ema_update, monkeypatch, caplog):
+    """The step is repeated without a trace: the same bits as one that had the memory."""
+    weights, logs = [], []
+    for name in ("roomy", "tight"):
+        config = tiny_config(batch_size_per_gpu=4, batch_split=2, max_steps=3)
+        config["models"]["vqvae"]["args"]["use_ema_update"] = use_ema_update
+        path = write_config(tmp_path / f"{name}.json", config)
+        options = RunOptions(config=str(path), output_dir=str(tmp_path / name), data_dir=str(prepared), device="cpu")
+        trainer = build_trainer(options, Ranks(), torch.device("cpu"))
+        recorded = [10**9]
+        if name == "tight":
+            out_of_memory_once(trainer, at_call=4, recorded=recorded, monkeypatch=monkeypatch)  # step 2, its second
+        assert trainer.run() == 0
+        weights.append(trainer.precision.weights())
+        timed = ("step_s", "data_s")
+        logs.append([{k: v for k, v in r.items() if k not in timed} for r in read_log(tmp_path / name)])
+    assert logs[0] == logs[1]
+    assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
+    assert recorded == [] and not trainer.model.cuda_graphs
+    assert caplog.text.count("no CUDA graphs from here on: a step ran out of memory beside their 1.0 GB") == 1
+
+
+def test_without_recorded_passes_nothing_is_repeated(tmp_path, prepared, monkeypatch):
+    trainer = build(tmp_path, prepared, "full")
+    out_of_memory_once(trainer, at_call=1, recorded=[], monkeypatch=monkeypatch)
+    with pytest.raises(OutOfDeviceMemory, match="step 1: the device ran out of memory"):
+        trainer.run()

@@ -183,6 +183,16 @@ class SparseSDF(Dataset):
             and (self.max_points is None or item.num_voxels <= self.max_points)
         ]
 
+    def expected_blocks(self) -> list[int] | None:
+        """Blocks of each sample, of a crop about; None where metadata.csv lacks a count."""
+        expected = []
+        for item in self.items:
+            if item.num_blocks is None or item.num_voxels is None:
+                return None
+            kept = 1.0 if self.max_points is None else min(1.0, self.max_points / max(1, item.num_voxels))
+            expected.append(round(kept * item.num_blocks))
+        return expected
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
         item = self.items[i]

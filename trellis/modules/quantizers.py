@@ -278,21 +278,25 @@ class VectorQuantizer(nn.Module):
         pending.reduced = True
         if not self.reseed_after:
             return pending.counts, torch.zeros_like(pending.counts[0])
-        unused = torch.where(pending.counts > 0, 0, self.unused_steps + 1)
+        unused = (self.unused_steps + 1).masked_fill_(pending.counts > 0, 0)
         return pending.counts, (unused >= self.reseed_after).sum()
 
     @torch.no_grad()
-    def commit(self, step: int, *, reseed: bool = True) -> CommitReport:
+    def commit(self, step: int, *, reseed: bool = True, order: Tensor | None = None) -> CommitReport:
         """Apply the statistics of one optimizer step; collective over ranks.
 
         Args:
             step: number of the optimizer step; seeds the choice of rows for unused codes.
             reseed: False where `reduce` found no code to re-seed: then nothing waits for the device.
+            order: int64 [N], ascending: where this rank's rows of the step stand among those of all ranks, with equal
+                numbers only for neighbours on one rank. Unused codes then move to the rows that one rank with all of
+                them would draw. None: rank after rank.
 
         Raises:
             RuntimeError: no forward in training mode came before.
         """
-        self.reduce()
+        if self._pending is None or not self._pending.reduced:
+            self.reduce()
         pending, self._pending = self._pending, None
         if pending.sums is not None:
             self.ema_count.mul_(self.ema_decay).add_(pending.counts, alpha=1 - self.ema_decay)
@@ -300,9 +304,9 @@ class VectorQuantizer(nn.Module):
             self.codebook.copy_(self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None])
         self.unused_steps.add_(1)
         self.unused_steps.masked_fill_(pending.counts > 0, 0)
-        return CommitReport(pending.counts, self._reseed(pending, step, wanted=reseed))
+        return CommitReport(pending.counts, self._reseed(pending, step, wanted=reseed, order=order))
 
-    def _reseed(self, pending: _Pending, step: int, *, wanted: bool) -> Tensor:
+    def _reseed(self, pending: _Pending, step: int, *, wanted: bool, order: Tensor | None) -> Tensor:
         none = torch.empty(0, dtype=torch.long, device=self.codebook.device)
         if not self.reseed_after or not wanted:
             return none
@@ -310,7 +314,12 @@ class VectorQuantizer(nn.Module):
         if dead.numel() == 0:
             return none
         # Every rank keeps its first rows; the first of all of them are those that one rank would have kept.
-        pool = gather_rows(torch.cat(pending.rows))[:MAX_POOL_ROWS]
+        own = torch.cat(pending.rows)
+        pool = gather_rows(own)
+        if order is not None:
+            places = gather_rows(order[: len(own), None].to(pool.device))[:, 0]
+            pool = pool[places.argsort(stable=True)]
+        pool = pool[:MAX_POOL_ROWS]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
         chosen = torch.randperm(pool.shape[0], generator=generator)[: dead.numel()]
         dead = dead[: chosen.numel()]

@@ -33,7 +33,7 @@ from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimi
 from trellis.trainers.precision import Precision, mode_on_device
 from trellis.trainers.random_state import random_state, seed_everything, set_random_state
 from trellis.trainers.sampler import ResumableSampler
-from trellis.trainers.stop import StopSignals, agreed_exit_code
+from trellis.trainers.stop import NUM_FLAGS, StopSignals, agreed_exit_code
 from trellis.utils.dist_utils import Ranks, broadcast_from_first_, gather_objects, sum_over_ranks_
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,12 @@ class Objective(Protocol):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor: ...
     def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
     def statistics(self) -> tuple[Mapping[str, Tensor], Tensor]: ...
-    def commit(self, step: int, *, overwrite: bool) -> Mapping[str, Tensor]: ...
+    def commit(
+        self, step: int, *, overwrite: bool, batches: Sequence[Batch], places: Sequence[int]
+    ) -> Mapping[str, Tensor]: ...
     def discard(self) -> None: ...
+    def spare_bytes(self, model: nn.Module) -> int: ...
+    def release_spare(self, model: nn.Module) -> None: ...
     def finish_epoch(self) -> dict[str, float]: ...
     def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -76,7 +80,7 @@ class Trainer:
     Args:
         model_name: name of the checkpoints' files.
         model: on `device`, its weights as training shall start.
-        dataset: `len` and samples by (epoch, index).
+        dataset: `len`, samples by (epoch, index), and `expected_blocks`, their sizes.
         metadata: plain values for the weights files.
     """
 
@@ -104,7 +108,8 @@ class Trainer:
                 args.batch_split, per_rank, per_rank,
             )
         self.sampler = ResumableSampler(
-            len(dataset), per_rank, seed=args.seed, rank=ranks.rank, world_size=ranks.world_size
+            len(dataset), per_rank, seed=args.seed, rank=ranks.rank, world_size=ranks.world_size,
+            sizes=dataset.expected_blocks(),
         )
         for tensor in model.state_dict().values():
             broadcast_from_first_(tensor)
@@ -128,7 +133,7 @@ class Trainer:
         seed_everything(args.seed + 1_000_003 * (ranks.rank + 1))
 
     def _new_ema(self, rate: float) -> EMA:
-        return EMA(rate, self.precision.weights(), self.objective.holds_current_value)
+        return EMA(rate, self.precision.flat["weights"])
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -190,33 +195,30 @@ class Trainer:
     def _train_step(
         self, micro_batches: list[Batch], stop: StopSignals, meanwhile: Callable[[], None]
     ) -> tuple[dict[str, Any], list[float]]:
-        self.precision.zero_gradient()
-        sums = torch.zeros(len(self.objective.terms), device=self.device)
-        for batch in micro_batches:
-            terms = self.objective.losses(self.model, batch)
-            self.precision.backward(terms[0] / self.sampler.global_batch)
-            sums += terms.detach()
-            del terms  # while its graph lives, gradients are tied to this stream and no pass can be recorded
+        names = self.objective.terms
+        sums = self._passes_in_memory(micro_batches)
         self.precision.collect()
         sum_over_ranks_(self.precision.gradient)
-        # Filled on the device: copying a list there would wait for it.
-        own_flags = [torch.full((1,), flag, device=self.device) for flag in stop.flags()]
-        shared = sum_over_ranks_(torch.cat([sums, *own_flags]))
+        for place, flag in enumerate(stop.flags(), start=len(names)):
+            if flag:  # filled on the device: copying it there would wait for it
+                sums[place].fill_(flag)
+        sum_over_ranks_(sums)
         figures, overwritten = self.objective.statistics()
         norm = self.precision.unscale(self.optimizer)
+        limit = self.clipper.limit()
         meanwhile()
         # The one wait for the device in a step: losses, signals, the codebook's figures and the norm in one transfer.
-        scalars = [*shared, *figures.values(), overwritten, norm]
-        *values, to_overwrite, grad_norm = torch.stack([value.double() for value in scalars]).tolist()
-        losses, flags, values = values[: len(sums)], values[len(sums) : len(shared)], values[len(shared) :]
+        own = torch.stack([value.double() for value in (*figures.values(), overwritten, norm)])
+        *values, to_overwrite, grad_norm = torch.cat([sums.double(), own]).tolist()
+        losses, flags, values = values[: len(names)], values[len(names) : len(sums)], values[len(sums) :]
         record: dict[str, Any] = {"step": self.step + 1}
-        record |= {name: value / self.sampler.global_batch for name, value in zip(self.objective.terms, losses)}
+        record |= {name: value / self.sampler.global_batch for name, value in zip(names, losses)}
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
         if self.precision.scales_loss:
             record["loss_scale"] = self.precision.loss_scale
         if math.isfinite(grad_norm):
             record |= dict(zip(figures, values))
-        self._update(record, micro_batches, overwrite=to_overwrite > 0)
+        self._update(grad_norm, limit, micro_batches, overwrite=to_overwrite > 0)
         with warnings.catch_warnings():
             # The schedule counts steps, those skipped for an overflow too; torch takes that for a wrong order of calls.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -228,24 +230,51 @@ class Trainer:
             record |= {"epoch": self.sampler.epoch, **self.objective.finish_epoch()}
         return record, flags
 
-    def _update(self, record: dict[str, Any], micro_batches: list[Batch], *, overwrite: bool) -> None:
+    def _passes_in_memory(self, micro_batches: list[Batch]) -> Tensor:
+        """`_passes`; where memory runs out, once more with what the model holds for speed alone given back."""
+        try:
+            return self._passes(micro_batches)
+        except torch.OutOfMemoryError:
+            if not self.objective.spare_bytes(self.model):
+                raise
+        # Outside of the handler, which keeps what the failed pass held. All micro-batches again: gradients and
+        # statistics of the codebook hold some of the failed one, and cannot be told apart.
+        self.precision.drop()
+        self.objective.discard()
+        self.objective.release_spare(self.model)
+        return self._passes(micro_batches)
+
+    def _passes(self, micro_batches: list[Batch]) -> Tensor:
+        """Forward and backward; returns what ranks sum beside the gradient: losses, and zeros for reasons to stop."""
+        terms = len(self.objective.terms)
+        sums = torch.zeros(terms + NUM_FLAGS, device=self.device)
+        for batch in micro_batches:
+            losses = self.objective.losses(self.model, batch)
+            self.precision.backward(losses[0] / self.sampler.global_batch)
+            sums[:terms] += losses.detach()
+            del losses  # while its graph lives, gradients are tied to this stream and no pass can be recorded
+        return sums
+
+    def _update(self, norm: float, limit: float, micro_batches: list[Batch], *, overwrite: bool) -> None:
         """One optimizer step, or none where the gradient is not finite; all ranks see the same norm and agree."""
-        norm = record["grad_norm"]
         finite = math.isfinite(norm)
-        if finite:
-            limit = self.clipper.limit(norm)
-            if norm > limit:
-                self.precision.gradient.mul_(limit / norm)
+        if finite and norm > limit:
+            self.precision.gradient.mul_(limit / norm)
         self.precision.step(self.optimizer, finite=finite)
         if not finite:
             self.objective.discard()
             self._count_skipped(micro_batches)
             return
         self._skipped = 0
-        for name, rows in self.objective.commit(self.step + 1, overwrite=overwrite).items():
+        self.clipper.add(norm)
+        places = self.sampler.places() if overwrite else []
+        overwritten = self.objective.commit(
+            self.step + 1, overwrite=overwrite, batches=micro_batches, places=places
+        )
+        for name, rows in overwritten.items():
             self._forget_moments(name, rows)
         for ema in self.ema.values():
-            ema.update(self.precision.weights())
+            ema.update(self.precision.flat["weights"])
 
     def _forget_moments(self, name: str, rows: Tensor) -> None:
         """Rows that were overwritten start without the optimizer's memory of what was there."""
@@ -309,8 +338,7 @@ class Trainer:
         figures = {}
         for name, parameter in self.precision.parameters.items():
             figures[f"weight_rms/{name}"] = float(parameter.detach().square().mean().sqrt())
-            if parameter.grad is not None:
-                figures[f"grad_rms/{name}"] = float(parameter.grad.square().mean().sqrt())
+            figures[f"grad_rms/{name}"] = float(self.precision.gradients[name].square().mean().sqrt())
         return figures
 
     def _write_samples(self, log: RunLog) -> None:
@@ -367,11 +395,10 @@ class Trainer:
                 "generators": generators,
             }
             folder = self.output_dir / "ckpts"
-            shadows = {rate: ema.shadow for rate, ema in self.ema.items()}
+            weights = self.precision.weights()
+            averages = {rate: self.precision.weights(ema.average) for rate, ema in self.ema.items()}
             try:
-                save_checkpoint(
-                    folder, self.model_name, self.step, self.precision.weights(), shadows, misc, self.metadata
-                )
+                save_checkpoint(folder, self.model_name, self.step, weights, averages, misc, self.metadata)
                 logger.info("saved the checkpoint of step %d", self.step)
                 if self.args.keep_last is not None:
                     prune_checkpoints(folder, self.args.keep_last)
@@ -402,7 +429,8 @@ class Trainer:
             updates = {state["rate"]: state["updates"] for state in misc["ema"]}
             for rate, ema in self.ema.items():
                 if rate in updates:
-                    ema.load(load_weights(checkpoint.ema[str(rate)]), updates[rate])
+                    self.precision.load_weights(load_weights(checkpoint.ema[str(rate)]), ema.average)
+                    ema.updates = updates[rate]
                 else:
                     logger.warning("ema_rate %s is new: its average starts from the weights of this step", rate)
                     self.ema[rate] = self._new_ema(rate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,52 +13,27 @@ def warm_rate(rate: float, updates: int) -> float:
 
 
 class EMA:
-    """One averaged copy in float32 of named tensors.
+    """An average of a flat tensor of weights.
 
     Args:
         rate: share of the average that stays at each update, after the warm-up.
-        tensors: the model's state, {name: tensor}.
-        current: whether the copy of a name holds the current value instead of an average: the codebook, of which a
-            blend over a re-seeded code would be no code at all, and all that is not floating point.
+        weights: float32, to start from.
+
+    Attributes:
+        average: of the shape of `weights`. updates: how many it has seen.
     """
 
-    def __init__(
-        self, rate: float, tensors: Mapping[str, torch.Tensor], current: Callable[[str], bool] = lambda name: False
-    ) -> None:
+    def __init__(self, rate: float, weights: torch.Tensor) -> None:
         self.rate = rate
         self.updates = 0
-        self._current = {name for name, t in tensors.items() if current(name) or not t.is_floating_point()}
-        self.shadow = {name: self._copy(name, t) for name, t in tensors.items()}
-
-    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()
-        return tensor.clone() if name in self._current else tensor.to(torch.float32, copy=True)
+        self.average = weights.detach().clone()
 
     @torch.no_grad()
-    def update(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def update(self, weights: torch.Tensor) -> None:
         """Take in the weights after an optimizer step."""
-        keep = warm_rate(self.rate, self.updates)
-        averaged = [name for name in self.shadow if name not in self._current]
-        if averaged:
-            torch._foreach_lerp_(
-                [self.shadow[name] for name in averaged],
-                [t if (t := tensors[name]).dtype == torch.float32 else t.float() for name in averaged],
-                1 - keep,
-            )
-        for name in self._current:
-            self.shadow[name].copy_(tensors[name])
+        self.average.lerp_(weights, 1 - warm_rate(self.rate, self.updates))
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
         """What the weights file does not hold."""
         return {"rate": self.rate, "updates": self.updates}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Take over saved averages."""
-        if set(tensors) != set(self.shadow):
-            differing = sorted(set(tensors) ^ set(self.shadow))
-            raise ValueError(f"averaged weights must have the names of the model, these differ: {differing}")
-        for name, tensor in tensors.items():
-            self.shadow[name].copy_(tensor)
-        self.updates = updates

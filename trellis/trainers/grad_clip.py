@@ -18,10 +18,13 @@ class FixedGradClipper:
     def __init__(self, max_norm: float | None = None) -> None:
         self.max_norm = max_norm
 
-    def limit(self, norm: float) -> float:
-        """The norm to clip at, given the norm of this step's gradient (finite)."""
-        del norm
+    def limit(self) -> float:
+        """The norm to clip the next gradient at."""
         return math.inf if self.max_norm is None else self.max_norm
+
+    def add(self, norm: float) -> None:
+        """Take in a gradient's norm, unclipped and finite."""
+        del norm
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -51,14 +54,16 @@ class AdaptiveGradClipper:
         self.buffer_size = buffer_size
         self._norms: list[float] = []
 
-    def limit(self, norm: float) -> float:
-        """The norm to clip at. The unclipped `norm` of this step is remembered for later ones."""
+    def limit(self) -> float:
+        """The norm to clip the next gradient at."""
         limit = math.inf if self.max_norm is None else self.max_norm
         if len(self._norms) == self.buffer_size:
             limit = min(limit, float(np.percentile(self._norms, self.clip_percentile)))
-            self._norms.pop(0)
-        self._norms.append(norm)
         return limit
+
+    def add(self, norm: float) -> None:
+        """Take in a gradient's norm, unclipped and finite."""
+        self._norms = [*self._norms, norm][-self.buffer_size :]
 
     def state_dict(self) -> dict[str, Any]:
         return {"norms": list(self._norms)}

@@ -36,7 +36,7 @@ class Precision:
         apart: names that get a flat tensor of their own, for other settings of the optimizer.
 
     Attributes:
-        parameters: {name: float32 tensor}, views of the flat buffer, and after `collect` their `grad` of `gradient`.
+        parameters: {name: float32 tensor}, views of the flat buffer. gradients: likewise, of `gradient`.
         flat: {"weights" and, where there are any, "apart": flat float32 leaf}, the same numbers as `parameters`. The
             optimizer updates these: all that are offered work number by number, and a few large tensors take the host
             far less time than hundreds. Zeros fill the gaps between parameters.
@@ -79,9 +79,9 @@ class Precision:
                 self.flat[group] = torch.zeros(size, device=device, requires_grad=True)
                 self.flat[group].grad = gradient
         self._of_model: dict[str, nn.Parameter] = {}
-        self._half: dict[str, nn.Parameter] = {}
+        self._half: dict[str, torch.Tensor] = {}  # laid out as `flat`, so that one copy makes all half weights
         self.parameters: dict[str, torch.Tensor] = {}
-        self._views: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
         for name, parameter in model.named_parameters():
             if name not in trained:
                 continue
@@ -93,9 +93,14 @@ class Precision:
                 parameter.data = own
                 self.parameters[name] = parameter
             else:
-                self._half[name] = parameter
-                self.parameters[name] = own.requires_grad_()
-            self._views[name] = self.view(name, flat.grad)
+                group = self.group_of(name)
+                if group not in self._half:
+                    self._half[group] = torch.zeros(len(flat), dtype=parameter.dtype, device=device)
+                parameter.data = self.view(name, self._half[group])
+                self.parameters[name] = own
+            self.gradients[name] = self.view(name, flat.grad)
+        self.copy_to_model()
+        self._averaged = [name for name in self.parameters if self.group_of(name) == "weights"]
         # The model's tensors stay where they are, so that this is read from the modules once and not every step.
         self._weights = {
             name: self.parameters.get(name, tensor).detach() for name, tensor in model.state_dict().items()
@@ -116,12 +121,6 @@ class Precision:
         start, shape = self._place[name][1], self._shapes[name]
         return flat[start : start + shape.numel()].view(shape)
 
-    def zero_gradient(self) -> None:
-        """Start a step. The backward pass hands its gradients over as they are, rather than add each to zeros."""
-        self.gradient.zero_()
-        for parameter in self._of_model.values():
-            parameter.grad = None
-
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, scaled."""
         if self.mode == "inflat_all":
@@ -132,14 +131,21 @@ class Precision:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """After the last micro-batch: gradients into the flat float32 one. It is still scaled."""
-        filled = {name: p.grad for name, p in self._of_model.items() if p.grad is not None}
-        if filled:
-            torch._foreach_copy_([self._views[name] for name in filled], list(filled.values()))
-        for parameter in self._half.values():
+        """After the last micro-batch: the model's gradients become the flat float32 one. It is still scaled."""
+        handed = {}
+        for name, parameter in self._of_model.items():
+            if parameter.grad is None:
+                self.gradients[name].zero_()
+            else:
+                handed[name] = parameter.grad
+                parameter.grad = None  # so that the next backward pass hands its own over, rather than add it to zeros
+        if handed:
+            torch._foreach_copy_([self.gradients[name] for name in handed], list(handed.values()))
+
+    def drop(self) -> None:
+        """Forget what backward passes left in the model since the last `collect`."""
+        for parameter in self._of_model.values():
             parameter.grad = None
-        for name, parameter in self.parameters.items():
-            parameter.grad = self._views[name]
 
     @torch.no_grad()
     def unscale(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
@@ -167,8 +173,8 @@ class Precision:
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Half weights from their masters."""
-        if self._half:
-            torch._foreach_copy_(list(self._half.values()), [self.parameters[name] for name in self._half])
+        for group, half in self._half.items():
+            half.copy_(self.flat[group])
 
     @property
     def loss_scale(self) -> float:
@@ -180,18 +186,23 @@ class Precision:
         """Gradients before they are collected, and half copies of the weights, which exist during a step alone."""
         return {None: 4, "inflat_all": 2, "amp": 6, "bf16": 6}[self.mode] * self.gradient.numel()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The model's state with masters in place of half weights: what a checkpoint holds."""
-        return dict(self._weights)
+    def weights(self, average: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The model's state with masters in place of half weights: what a checkpoint holds.
+
+        Args:
+            average: laid out as flat["weights"]; its numbers are then in the place of those.
+        """
+        averaged = {} if average is None else {name: self.view(name, average) for name in self._averaged}
+        return {**self._weights, **averaged}
 
     @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over saved weights.
+    def load_weights(self, tensors: Mapping[str, torch.Tensor], average: torch.Tensor | None = None) -> None:
+        """Take over saved weights; with `average` only the part of them that goes there.
 
         Raises:
             ValueError: names or shapes that are not the model's.
         """
-        own = self.weights()
+        own = self.weights(average)
         problems = [f"missing {name}" for name in own if name not in tensors]
         problems += [f"unknown {name}" for name in tensors if name not in own]
         problems += [
@@ -202,8 +213,8 @@ class Precision:
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:8])}{more}")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for name in own if average is None else self._averaged:
+            own[name].copy_(tensors[name])
         self.copy_to_model()
 
     def state_dict(self) -> dict[str, Any]:

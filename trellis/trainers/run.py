@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """How long the other ranks may go on after one has failed; they may wait for it in a collective forever."""
+CONNECTION_LOST = "by peer"
+"""What gloo's errors say, closed or reset, where another rank has ended."""
 NEVER_RETRIED = (0, EXIT_WRONG_INPUT, 130, 143)
 
 
@@ -40,37 +43,68 @@ def available_device(name: str | None) -> str:
 
 
 def train_rank(options: RunOptions) -> int:
-    """Train as the rank that the environment names; returns the exit code, problems are logged."""
+    """Train as the rank that the environment names; problems are logged.
+
+    Returns the exit code; with several ranks, a failure ends the process with it.
+    """
     ranks = ranks_from_environment()
-    device = torch.device("cpu")
     try:
-        if options.device == "cuda":
-            if ranks.local_rank >= torch.cuda.device_count():
-                raise InputError(
-                    f"process {ranks.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}"
-                )
-            device = torch.device("cuda", ranks.local_rank)
-            torch.cuda.set_device(device)
-        start_process_group(ranks, device)
-        trainer = build_trainer(options, ranks, device)
-        if options.tryrun:
-            logger.info("tryrun: everything is built, nothing is run")
-            return 0
-        return _profile(trainer, ranks) if options.profile else trainer.run()
-    except InputError as error:
+        code = _train(options, ranks)
+    except (Exception, KeyboardInterrupt) as error:
+        code = _log_failure(error, ranks)
+        if ranks.world_size > 1:
+            _end_process(code)  # here, while the error still holds on to everything: nothing is taken down any more
+        return code
+    stop_process_group()
+    return code
+
+
+def _train(options: RunOptions, ranks: Ranks) -> int:
+    device = torch.device("cpu")
+    if options.device == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {ranks.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+    start_process_group(ranks, device)
+    trainer = build_trainer(options, ranks, device)
+    if options.tryrun:
+        logger.info("tryrun: everything is built, nothing is run")
+        return 0
+    return _profile(trainer, ranks) if options.profile else trainer.run()
+
+
+def _log_failure(error: BaseException, ranks: Ranks) -> int:
+    """Say what ended a rank; returns its exit code."""
+    if isinstance(error, InputError):
         logger.error("%s", error)
         return EXIT_WRONG_INPUT
-    except (CheckpointError, OutputError, OutOfDeviceMemory) as error:
+    if isinstance(error, (CheckpointError, OutputError, OutOfDeviceMemory)):
         logger.error("%s", error)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
+    elif isinstance(error, KeyboardInterrupt):
         logger.error("interrupted, nothing more was saved")
         return 130
-    except Exception:
-        logger.exception("rank %d failed", ranks.rank)
-        return EXIT_FAILED
-    finally:
-        stop_process_group()
+    elif ranks.world_size > 1 and CONNECTION_LOST in str(error):
+        logger.error("rank %d ends, since another one did", ranks.rank)
+    else:
+        logger.error("rank %d failed", ranks.rank, exc_info=error)
+    return EXIT_FAILED
+
+
+def _end_process(code: int) -> None:
+    """End this rank at once.
+
+    The others may be in a collective that this rank will not join. Leaving the group in order would wait for them, with
+    NCCL forever, and so would what an interpreter does at its end; an ended process is what supervisors can see.
+    """
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _profile(trainer: Trainer, ranks: Ranks) -> int:
@@ -190,10 +224,10 @@ def _wait(children: list[Any]) -> int:
     deadline = float("inf")
     while any(child.is_alive() for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
-        for child in children:
+        for number, child in enumerate(children):
             if failed is None and child.exitcode not in (None, 0):
                 failed = child.exitcode
-                logger.error("process %d ended with exit code %d", child.pid, failed)
+                logger.error("process %d of %d ended with exit code %d", number + 1, len(children), failed)
                 deadline = time.monotonic() + GRACE_S
     codes = [child.exitcode for child in children if child.exitcode not in (None, 0)]
     code = failed if failed is not None else (codes[0] if codes else 0)

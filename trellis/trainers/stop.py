@@ -13,6 +13,8 @@ from trellis.trainers.launch import EXIT_FAILED
 logger = logging.getLogger(__name__)
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+NUM_FLAGS = len(EXIT_CODES) + 1
+"""Length of `StopSignals.flags`."""
 
 
 class StopSignals:
@@ -50,7 +52,7 @@ class StopSignals:
 
 
 def agreed_exit_code(flags: list[float]) -> int | None:
-    """Exit code from `flags` summed over ranks; None when nobody has a reason to stop."""
+    """Exit code from the `NUM_FLAGS` flags summed over ranks; None when nobody has a reason to stop."""
     for flag, code in zip(flags, (*EXIT_CODES.values(), EXIT_FAILED), strict=True):
         if flag > 0:
             return code

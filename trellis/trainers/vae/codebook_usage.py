@@ -23,8 +23,8 @@ def perplexity(counts: torch.Tensor) -> torch.Tensor:
     """exp of the entropy of how rows fall on codes: a scalar float64 from counts [K]; 0 without rows."""
     counts = counts.double()
     total = counts.sum()
-    p = counts / total.clamp(min=1)
-    return torch.where(total > 0, torch.exp(-torch.xlogy(p, p).sum()), 0.0)
+    entropy = torch.special.entr(counts / total.clamp(min=1)).sum()
+    return entropy.exp() * total.clamp(max=1)
 
 
 class CodebookUsage:

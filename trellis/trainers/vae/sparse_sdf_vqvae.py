@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,22 +172,40 @@ class SparseSDFVQVAEObjective:
         counts, unused = self.quantizer.reduce()
         return {"perplexity": perplexity(counts), "codes_used": (counts > 0).sum()}, unused
 
-    def commit(self, step: int, *, overwrite: bool) -> dict[str, Tensor]:
+    def commit(
+        self, step: int, *, overwrite: bool, batches: Sequence[Batch], places: Sequence[int]
+    ) -> dict[str, Tensor]:
         """After an optimizer step: the codebook takes in the step's statistics.
 
         Args:
-            overwrite: whether `statistics` found rows to overwrite.
+            overwrite: whether `statistics` found rows to overwrite; only then are the next two read.
+            batches: this rank's micro-batches. places: of their shapes among those of all ranks, ascending.
 
         Returns:
             {parameter name: rows that were overwritten}, whose moments the optimizer must forget.
         """
-        report = self.quantizer.commit(step, reseed=overwrite)
+        order = None
+        if overwrite:
+            rows = torch.cat([batch["blocks_per_sample"] for batch in batches])
+            order = torch.repeat_interleave(torch.tensor(places), rows)
+        report = self.quantizer.commit(step, reseed=overwrite, order=order)
         self.usage.add(report.counts)
         return {"quantizer.codebook": report.reseeded}
 
     def discard(self) -> None:
-        """After a skipped step: its statistics never happened."""
+        """After a step that is skipped, or passes that are repeated: its statistics never happened."""
         self.quantizer.discard()
+
+    def spare_bytes(self, model: Any) -> int:
+        """Memory that the model holds for speed alone: recorded passes."""
+        return model.graph_bytes
+
+    def release_spare(self, model: Any) -> None:
+        """Give that memory back for good; no pass may be under way."""
+        held = model.graph_bytes / 1e9
+        logger.warning("no CUDA graphs from here on: a step ran out of memory beside their %.1f GB", held)
+        model.cuda_graphs = False
+        model.release_graphs()
 
     def finish_epoch(self) -> dict[str, float]:
         return self.usage.finish_epoch()
