@@ -85,9 +85,10 @@ def _settings() -> dict[str, Any]:
 
 
 def _worker_environment() -> dict[str, str]:
-    """One core a worker, memory given back as soon as it is free, and no log of Dask's."""
+    """One core a worker, no log of Dask's, and not Dask's MALLOC_TRIM_THRESHOLD_: giving memory back at once costs a
+    quarter of the time, and saves a sixth of the memory at 1024."""
     threads = {name: os.environ.get(name, "1") for name in _THREADS}
-    return {**threads, "MALLOC_TRIM_THRESHOLD_": "65536", "DASK_LOGGING__DISTRIBUTED": "critical"}
+    return {**threads, "DASK_LOGGING__DISTRIBUTED": "critical"}
 
 
 @contextmanager
