@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trimesh
 
 from trellis.geometry.pixel_text import draw_text
 from trellis.geometry.render import (
@@ -14,6 +15,7 @@ from trellis.geometry.render import (
     diverging_colours,
     frame_of,
     png_bytes,
+    render_colourings,
     render_grid,
     render_mesh,
     sequential_colours,
@@ -93,6 +95,33 @@ def test_corner_normals_keep_creases_and_smooth_curves():
     rounded = corner_normals(vertices, faces, crease_deg=100)
     np.testing.assert_allclose(np.linalg.norm(rounded, axis=2), 1)
     assert np.abs(np.abs(rounded).min(axis=2)).min() > 0.1  # all three sides of a box's corner have their say
+
+
+def test_corner_normals_by_every_pair_of_faces():
+    """On a shape that is smooth in one half and crumpled in the other, with a face of no area."""
+    sphere = trimesh.creation.icosphere(3)
+    vertices, faces = np.array(sphere.vertices), np.concatenate([np.array(sphere.faces), [[5, 5, 9]]])
+    vertices += np.random.default_rng(0).normal(size=vertices.shape) * np.where(vertices[:, :1] > 0, 0.06, 0.0)
+    a, b, c = np.moveaxis(vertices[faces], 1, 0)
+    weighted = np.cross(b - a, c - a)
+    unit = weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-300)
+    alike = unit @ unit.T > np.cos(np.radians(50))
+    found = corner_normals(vertices, faces)
+    for vertex in np.unique(faces):
+        ring = np.flatnonzero((faces == vertex).any(axis=1))
+        for face in ring:
+            total = weighted[ring[alike[face, ring]]].sum(axis=0)
+            expected = total / np.linalg.norm(total) if total.any() else unit[face]
+            got = found[face, faces[face] == vertex]
+            np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), atol=1e-9)
+
+
+def test_several_colourings_are_the_pictures_one_by_one():
+    vertices, faces = box((0, 0, 0), (1, 2, 3))
+    colours = [(0.9, 0.2, 0.1), np.random.default_rng(0).random((8, 3))]
+    together = render_colourings(vertices, faces, colours, size=40)
+    assert (together == [render_mesh(vertices, faces, colours=c, size=40) for c in colours]).all()
+    assert (together[0] != together[1]).any() and render_colourings(vertices, faces[:0], colours, size=4).shape[0] == 2
 
 
 def test_grid_of_rows_labels_and_a_missing_mesh():

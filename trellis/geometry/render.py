@@ -56,13 +56,21 @@ def corner_normals(vertices: np.ndarray, faces: np.ndarray, crease_deg: float = 
     if len(faces) > MAX_SMOOTH_FACES:
         return np.repeat(unit[:, None], 3, axis=1)
     flat = faces.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    count = np.bincount(flat, minlength=len(vertices))
+    whole = np.stack([np.bincount(flat, np.repeat(weighted[:, k], 3), len(vertices)) for k in range(3)], axis=1)
+    total = whole[flat]
+    # Where all faces of a vertex lie within half the angle of their mean, any two of them lie within the angle.
+    mean = whole / np.maximum(np.linalg.norm(whole, axis=1, keepdims=True), 1e-300)
+    off = np.einsum("fi,fki->fk", unit, mean[faces]).reshape(-1) <= np.cos(np.radians(crease_deg) / 2)
+    creased = np.zeros(len(vertices), dtype=bool)
+    creased[flat[off]] = True
+    left = np.flatnonzero(creased[flat])
+    total[left] = 0
+    order = left[np.argsort(flat[left], kind="stable")]
+    count = np.bincount(flat[left], minlength=len(vertices))
     first = np.cumsum(count) - count
-    total = np.zeros((len(flat), 3))
     # corner by corner of each vertex's ring: as many rounds as the largest ring has faces
     for step in range(int(count.max(initial=0))):
-        has = np.flatnonzero(step < count[flat])
+        has = left[step < count[flat[left]]]
         other = order[first[flat[has]] + step] // 3
         mine = has // 3
         alike = np.einsum("ij,ij->i", unit[mine], unit[other]) > np.cos(np.radians(crease_deg))
@@ -80,7 +88,7 @@ def _kernel() -> Any:
     def shade(
         mesh: wp.uint64,
         normals: wp.array(dtype=wp.vec3),
-        colours: wp.array(dtype=wp.vec3),
+        colours: wp.array2d(dtype=wp.vec3),
         right: wp.vec3,
         up: wp.vec3,
         towards: wp.vec3,
@@ -90,7 +98,7 @@ def _kernel() -> Any:
         side: int,
         occlusion_rays: int,
         background: wp.vec3,
-        image: wp.array2d(dtype=wp.vec3),
+        images: wp.array3d(dtype=wp.vec3),
     ) -> None:
         row, column = wp.tid()
         x = (2.0 * (float(column) + 0.5) / float(side) - 1.0) * half_width
@@ -98,7 +106,8 @@ def _kernel() -> Any:
         origin = centre + right * x + up * y + towards * distance
         query = wp.mesh_query_ray(mesh, origin, -towards, 4.0 * distance)
         if not query.result:
-            image[row, column] = background
+            for k in range(images.shape[0]):
+                images[k, row, column] = background
             return
         face = query.face
         # Warp's (u, v) weigh the first two corners
@@ -106,12 +115,12 @@ def _kernel() -> Any:
         normal = wp.normalize(
             normals[3 * face] * query.u + normals[3 * face + 1] * query.v + normals[3 * face + 2] * w
         )
-        colour = colours[3 * face] * query.u + colours[3 * face + 1] * query.v + colours[3 * face + 2] * w
         # the inside of a surface, seen through a hole, is lit as well, but darker and redder
+        tint = wp.vec3(1.0, 1.0, 1.0)
         facing = wp.dot(normal, towards)
         if wp.dot(query.normal, towards) < 0.0:
             normal = -normal
-            colour = wp.cw_mul(colour, wp.vec3(0.62, 0.52, 0.52))
+            tint = wp.vec3(0.62, 0.52, 0.52)
             facing = -facing
         point = origin - towards * query.t
 
@@ -143,7 +152,9 @@ def _kernel() -> Any:
         gloss = 0.10 * wp.pow(wp.max(wp.dot(normal, half_way), 0.0), 30.0)
         rim = wp.pow(1.0 - wp.clamp(facing, 0.0, 1.0), 4.0)
         light = 1.08 * (ambient + diffuse) * (0.25 + 0.75 * open_sky) * (1.0 - 0.4 * rim)
-        image[row, column] = colour * light + wp.vec3(1.0, 1.0, 1.0) * (gloss * open_sky)
+        for k in range(images.shape[0]):
+            colour = colours[k, 3 * face] * query.u + colours[k, 3 * face + 1] * query.v + colours[k, 3 * face + 2] * w
+            images[k, row, column] = wp.cw_mul(colour, tint) * light + wp.vec3(1.0, 1.0, 1.0) * (gloss * open_sky)
 
     return shade
 
@@ -166,47 +177,65 @@ def render_mesh(
     vertices: np.ndarray,
     faces: np.ndarray,
     *,
+    colours: np.ndarray | tuple[float, float, float] = BONE,
+    **options: Any,
+) -> np.ndarray:
+    """A shaded orthographic picture of a mesh: [size, size, 3] uint8, row 0 at the top.
+
+    Args:
+        vertices: [V, 3] floats, RAS mm; faces: [F, 3] integers. An empty mesh gives a grey picture.
+        colours: one colour, or [V, 3] per vertex; linear values in [0, 1].
+        options: see `render_colourings`.
+    """
+    return render_colourings(vertices, faces, [colours], **options)[0]
+
+
+def render_colourings(
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    colourings: Sequence[np.ndarray | tuple[float, float, float]],
+    *,
     size: int = 512,
     azimuth_deg: float = AZIMUTH_DEG,
     elevation_deg: float = ELEVATION_DEG,
-    colours: np.ndarray | tuple[float, float, float] = BONE,
     background: tuple[float, float, float] = BACKGROUND,
     frame: tuple[np.ndarray, float] | None = None,
     samples: int = 2,
     occlusion_rays: int = 8,
     device: str = "cpu",
 ) -> np.ndarray:
-    """A shaded orthographic picture of a mesh.
+    """Pictures of a mesh in several colourings from one view, for little more than the price of one.
 
     Args:
-        vertices: [V, 3] floats, RAS mm; faces: [F, 3] integers. An empty mesh gives a grey picture.
+        vertices, faces: as in `render_mesh`. colourings: K of its `colours`.
         size: pixels per side.
         azimuth_deg, elevation_deg: see `view_axes`.
-        colours: one colour, or [V, 3] per vertex; linear values in [0, 1].
         frame: centre [3] and half width in mm of the view, so that several pictures share a scale; None fits it.
         samples: anti-aliasing, samples per pixel and axis.
         occlusion_rays: ambient-occlusion rays per sample, 0 to leave it out.
         device: a Warp device.
 
     Returns:
-        [size, size, 3] uint8, row 0 at the top.
+        [K, size, size, 3] uint8.
     """
     if size < 1 or samples < 1:
         raise ValueError(f"size and samples must be at least 1, got {size} and {samples}")
     vertices = np.asarray(vertices, dtype=np.float64).reshape(-1, 3)
     faces = np.asarray(faces, dtype=np.int64).reshape(-1, 3)
     if not len(faces):
-        return np.full((size, size, 3), np.round(255 * MISSING[0]), dtype=np.uint8)
-    colours = np.asarray(colours, dtype=np.float64)
-    if colours.shape not in ((3,), vertices.shape):
-        raise ValueError(f"colours must be [3] or [{len(vertices)}, 3], got {list(colours.shape)}")
+        return np.full((len(colourings), size, size, 3), np.round(255 * MISSING[0]), dtype=np.uint8)
+    per_corner = np.empty((len(colourings), 3 * len(faces), 3), dtype=np.float32)
+    for row, given in zip(per_corner, colourings):
+        colours = np.asarray(given, dtype=np.float32)
+        if colours.shape not in ((3,), vertices.shape):
+            raise ValueError(f"colours must be [3] or [{len(vertices)}, 3], got {list(colours.shape)}")
+        row[:] = colours[faces.reshape(-1)] if colours.ndim == 2 else colours
     centre, half_width = frame or frame_of(
         [(vertices, faces)], azimuth_deg=azimuth_deg, elevation_deg=elevation_deg
     )
     # float32 in the ray caster: work near the origin, in units of the half width
     points = (vertices - centre) / half_width
     radius = max(1.0, float(np.linalg.norm(points, axis=1).max()))
-    per_corner = colours[faces].reshape(-1, 3) if colours.ndim == 2 else np.broadcast_to(colours, (3 * len(faces), 3))
 
     wp = get_warp()
     side = size * samples
@@ -215,7 +244,7 @@ def render_mesh(
             points=wp.array(points.astype(np.float32), dtype=wp.vec3),
             indices=wp.array(faces.reshape(-1).astype(np.int32), dtype=wp.int32),
         )
-        image = wp.zeros((side, side), dtype=wp.vec3)
+        images = wp.zeros((len(colourings), side, side), dtype=wp.vec3)
         normals = corner_normals(points, faces).reshape(-1, 3)
         wp.launch(
             _kernel(),
@@ -223,7 +252,7 @@ def render_mesh(
             inputs=[
                 mesh.id,
                 wp.array(normals.astype(np.float32), dtype=wp.vec3),
-                wp.array(per_corner.astype(np.float32), dtype=wp.vec3),
+                wp.array(per_corner, dtype=wp.vec3),
                 *[wp.vec3(*axis) for axis in view_axes(azimuth_deg, elevation_deg)],
                 wp.vec3(0.0, 0.0, 0.0),
                 1.0,
@@ -232,10 +261,10 @@ def render_mesh(
                 occlusion_rays,
                 wp.vec3(*background),
             ],
-            outputs=[image],
+            outputs=[images],
         )
-        shaded = image.numpy()
-    shaded = np.clip(shaded, 0, 1).reshape(size, samples, size, samples, 3).mean(axis=(1, 3))
+        shaded = images.numpy()
+    shaded = np.clip(shaded, 0, 1).reshape(-1, size, samples, size, samples, 3).mean(axis=(2, 4))
     return np.round(255 * shaded).astype(np.uint8)
 
 

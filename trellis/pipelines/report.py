@@ -285,18 +285,15 @@ def _distances(mesh: Mesh, other: Mesh) -> np.ndarray:
 
 
 def _pictures(case: Case, on_truth: np.ndarray, on_pred: np.ndarray, limit: float) -> list[tuple[str, str]]:
-    from trellis.geometry.render import frame_of, png_bytes, render_mesh, sequential_colours
+    from trellis.geometry.render import BONE, frame_of, png_bytes, render_colourings, sequential_colours
 
-    frame = frame_of([case.truth, case.pred])
-    views = [
-        ("truth", case.truth, None),
-        ("reconstruction", case.pred, None),
-        ("reconstruction, distance to truth", case.pred, on_pred),
-        ("truth, distance to reconstruction", case.truth, on_truth),
-    ]
-    found = []
-    for name, (vertices, faces), distance in views:
-        colours = {} if distance is None else {"colours": sequential_colours(distance, limit)}
-        image = render_mesh(vertices, faces, size=PICTURE_SIZE, frame=frame, occlusion_rays=4, **colours)
-        found.append((name, base64.b64encode(png_bytes(image)).decode()))
-    return found
+    view = {"size": PICTURE_SIZE, "frame": frame_of([case.truth, case.pred]), "occlusion_rays": 4}
+    truth, by_distance = render_colourings(*case.truth, [BONE, sequential_colours(on_truth, limit)], **view)
+    pred, pred_by_distance = render_colourings(*case.pred, [BONE, sequential_colours(on_pred, limit)], **view)
+    shown = {
+        "truth": truth,
+        "reconstruction": pred,
+        "reconstruction, distance to truth": pred_by_distance,
+        "truth, distance to reconstruction": by_distance,
+    }
+    return [(name, base64.b64encode(png_bytes(image)).decode()) for name, image in shown.items()]
