@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trellis.preparation.execution import default_workers
 from trellis.utils.io_utils import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
@@ -261,9 +263,8 @@ def draw_subject(templates: Templates, settings: CohortSettings, index: int) -> 
         smallest = float(warp.jacobian().min())
         if smallest > settings.min_jacobian:
             length = np.linalg.norm(warp.apply(templates.brain_mm) - templates.brain_mm, axis=1)
-            name = f"subject_{index + 1:02d}"
             rms = float(np.sqrt((length**2).mean()))
-            return warp, SubjectReport(name, rms, float(length.max()), smallest, draw + 1)
+            return warp, SubjectReport(_name(index), rms, float(length.max()), smallest, draw + 1)
     raise ValueError(
         f"no smooth field of {settings.rms_mm} mm RMS and smoothness {settings.smoothness_mm} mm has a smallest "
         f"Jacobian above {settings.min_jacobian} in {MAX_DRAWS} draws (last: {smallest:.3f}): "
@@ -293,11 +294,14 @@ def _expected_files(folder: Path) -> list[Path]:
     return [folder / f"{VOLUME_NAME}.nii.gz", *(folder / f"{name}.stl" for name in SURFACE_NAMES)]
 
 
-def build_cohort(out_dir: str | Path, settings: CohortSettings) -> list[SubjectReport]:
+def build_cohort(out_dir: str | Path, settings: CohortSettings, *, workers: int | None = None) -> list[SubjectReport]:
     """Write the cohort `out_dir/subject_01/...`; subjects that are there from the same settings are left alone.
 
     `out_dir/dataset.json` names the labels, as nnU-Net's does. `out_dir/../cohort.json` records the settings and each
     subject's figures, and is what a second run looks at.
+
+    Args:
+        workers: subjects made at a time; None for `default_workers()`. The files do not depend on it.
 
     Raises:
         ValueError: `out_dir` holds a cohort of other settings, or files that no record explains.
@@ -307,24 +311,33 @@ def build_cohort(out_dir: str | Path, settings: CohortSettings) -> list[SubjectR
     done = _read_record(record_path, settings)
     if not record_path.exists() and out_dir.is_dir() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir}: must be empty or hold a cohort with its record {record_path.name}")
-    reports: list[SubjectReport] = []
-    templates: Templates | None = None
     labels = {"background": 0, **{name: label for label, name in TISSUE_NAMES.items()}}
     write_json(out_dir / TABLE_NAME, {"description": DESCRIPTION, "labels": labels})
-    for index in range(settings.subjects):
-        name = f"subject_{index + 1:02d}"
-        folder = out_dir / name
-        if name in done and all(path.is_file() for path in _expected_files(folder)):
-            reports.append(done[name])
-            continue
-        templates = templates or load_templates(settings.spacing_mm)
-        _write_record(record_path, settings, reports)
+    names = [_name(index) for index in range(settings.subjects)]
+    kept = {n: done[n] for n in names if n in done and all(p.is_file() for p in _expected_files(out_dir / n))}
+    missing = [index for index, name in enumerate(names) if name not in kept]
+    if missing:
+        _write_record(record_path, settings, list(kept.values()))
+        templates = load_templates(settings.spacing_mm)
+
+    def make(index: int) -> SubjectReport:
         warp, report = draw_subject(templates, settings, index)
-        write_subject(folder, templates, warp)
-        reports.append(report)
-        logger.info("%s: %.2f mm RMS, smallest Jacobian %.3f", name, report.rms_mm, report.smallest_jacobian)
+        write_subject(out_dir / report.name, templates, warp)
+        return report
+
+    # threads: nearly all of a subject's time passes in NumPy, SciPy and zlib, which let others run
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
+        for report in pool.map(make, missing):
+            kept[report.name] = report
+            _write_record(record_path, settings, list(kept.values()))
+            logger.info("%s: %.2f mm RMS, smallest Jacobian %.3f", report.name, report.rms_mm, report.smallest_jacobian)
+    reports = [kept[name] for name in names]
     _write_record(record_path, settings, reports)
     return reports
+
+
+def _name(index: int) -> str:
+    return f"subject_{index + 1:02d}"
 
 
 def _write_record(path: Path, settings: CohortSettings, reports: list[SubjectReport]) -> None:
