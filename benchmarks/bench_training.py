@@ -96,7 +96,9 @@ class Watch:
         if step == self.timed[1] + 1:
             torch.cuda.set_sync_debug_mode("default")
             self._caught.__exit__(None, None, None)
-            self.waits = [f"{Path(w.filename).name}:{w.lineno}" for w in self._list if "synchroniz" in str(w.message)]
+            # turning the mode on warns, too, that it does not see everything
+            found = [w for w in self._list if "called a synchronizing" in str(w.message)]
+            self.waits = [f"{Path(w.filename).name}:{w.lineno}" for w in found]
             torch.cuda.synchronize()
             self.recorder.start()
         if step == self.last:

@@ -90,7 +90,8 @@ def test_graphs_on_the_card(mode, cuda_device):
     plain._graphs = PassGraphs(Repeater)
     # the same bits but for the attention's backward pass, which adds in any order
     compare_steps(model, plain, RADII, 8 * torch.finfo(model.compute_dtype).eps)
-    assert model._graphs.hits == plain._graphs.hits >= 4
+    # recording a larger pass gives up the graphs of smaller ones, of which one would have been used once more
+    assert 3 <= model._graphs.hits <= plain._graphs.hits
     batch = spheres([0.4], 128, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     loss_of(model(batch)).backward()
@@ -145,8 +146,8 @@ def test_passes_from_two_streams(cuda_device, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_float32_step_asks_the_card_nothing(cuda_device):
-    """Its attention pads windows, whose number and length the batch tells."""
-    model, batch = model_of(model_channels=128).cuda().train(), spheres([0.4, 0.3], 128, "cuda")
+    """Its attention pads windows, whose number and length the batch tells, unless that is more than MAX_PADDING."""
+    model, batch = model_of(model_channels=128).cuda().train(), spheres([0.4, 0.4], 128, "cuda")
     try:
         for mode in ("default", "error"):  # the first step compiles
             torch.cuda.set_sync_debug_mode(mode)
