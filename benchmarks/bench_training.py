@@ -1,13 +1,15 @@
 """A whole training step on prepared shapes: loading, network, optimizer, averages, log.
 
 python benchmarks/bench_training.py DATA [--config FILE] [--set KEY=VALUE ...] [--steps N] [--json FILE] [--ranks 2]
-    [--cold] [--device cpu]
+    [--warm-up N] [--profiled N] [--cold] [--device cpu]
 
 DATA is a prepared folder. Prints, and appends to FILE: seconds to the end of the first step (building and the codebook
 included), and whether kernels were compiled for it ("cold": Triton's cache was empty; --cold gives it an empty one);
 milliseconds a step, and two floors: what the GPU is busy in it (union of kernels and copies in a profile of the steps
 after), and the arithmetic of an average step as bench_network.py counts it; wait for data, waits for the device, peak
-memory, and what the trainer estimated for its largest micro-batch.
+memory, and what the trainer estimated for its largest micro-batch. "recordings" are the CUDA graphs recorded before,
+in the timed and in the profiled steps: each takes as long as some fifty steps save, and a training of some hundred
+steps has seen all sizes it will meet, so that figures of a long run want a warm-up that leaves none in the others.
 
 With --ranks it starts that many processes through torchrun, one GPU each. Then there are also the bound that the sizes
 of shapes set for scaling, and, where FILE has a row of one rank with the same settings, the throughput over that one.
@@ -40,7 +42,6 @@ from trellis.trainers.launch import configure_logging
 from trellis.utils.dist_utils import barrier, ranks_from_environment, start_process_group, stop_process_group
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "vae" / "sparse_sdf_vqvae_512.json"
-PROFILED = 12
 AIM_BUSY = 0.9
 AIM_TWO_RANKS = 1.85
 
@@ -66,10 +67,12 @@ def busy_ms(trace: Path) -> tuple[float, int]:
 class Watch:
     """Follows a run step by step: warm-up, timed steps, one step whose waits are counted, profiled steps."""
 
-    def __init__(self, warm_up: int, steps: int, first_step: int, *, cuda: bool) -> None:
-        self.cuda = cuda
+    def __init__(self, warm_up: int, steps: int, profiled: int, first_step: int, *, graphs: Any) -> None:
+        """`graphs`: of the model on a GPU, else None."""
+        self.cuda, self.graphs = graphs is not None, graphs
         self.timed = (first_step + warm_up, first_step + warm_up + steps)
-        self.last = self.timed[1] + (1 + PROFILED if cuda else 0)
+        self.last = self.timed[1] + (1 + profiled if self.cuda else 0)
+        self.recorded: list[int] = []
         self.first = first_step + 1
         self.times: dict[str, float] = {}
         self.peak = 0
@@ -82,6 +85,8 @@ class Watch:
             if self.cuda:
                 torch.cuda.synchronize()
             self.times[str(step)] = time.perf_counter()
+            if self.cuda and step != self.first:
+                self.recorded.append(sum(self.graphs._made.values()))
         if step == self.timed[0]:
             barrier()
         if not self.cuda:
@@ -121,7 +126,8 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     trainer = build_trainer(options, ranks, device)
     built = time.perf_counter()
-    watch = Watch(args.warm_up, args.steps, trainer.step, cuda=cuda)
+    graphs = trainer.model._graphs if cuda else None
+    watch = Watch(args.warm_up, args.steps, args.profiled, trainer.step, graphs=graphs)
     trainer.run(max_steps=watch.last, after_step=watch.after_step)
     seconds = watch.times[str(watch.timed[1])] - watch.times[str(watch.timed[0])]
     step_ms = 1e3 * seconds / args.steps
@@ -130,13 +136,15 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     median = median_ms(timed, "step_s")
     on_gpu: dict[str, Any] = {}
     if cuda:
+        folder.mkdir(parents=True, exist_ok=True)  # the first rank alone writes there
         trace = folder / f"trace{ranks.rank}.json"
         watch.recorder.export_chrome_trace(str(trace))
         busy, kernels = busy_ms(trace)
         on_gpu = {
-            "gpu_busy_ms": round(busy / PROFILED, 2), "gpu_busy_share": round(busy / PROFILED / step_ms, 4),
-            "gpu_busy_share_of_median": round(busy / PROFILED / median, 4) if median else None,
-            "aim_busy_share": AIM_BUSY, "kernels_per_step": round(kernels / PROFILED),
+            "profiled": args.profiled, "recordings": [b - a for a, b in zip([0, *watch.recorded], watch.recorded)],
+            "gpu_busy_ms": round(busy / args.profiled, 2), "gpu_busy_share": round(busy / args.profiled / step_ms, 4),
+            "gpu_busy_share_of_median": round(busy / args.profiled / median, 4) if median else None,
+            "aim_busy_share": AIM_BUSY, "kernels_per_step": round(kernels / args.profiled),
             "waits_for_device": watch.waits, "peak_gb": round(watch.peak / 1e9, 2),
         }
     limit = trainer.memory_limit()
@@ -198,6 +206,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warm-up", type=int, default=40, help="steps before; passes are recorded as graphs in them")
+    parser.add_argument("--profiled", type=int, default=12, help="steps under the profiler")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--cold", action="store_true", help="give Triton an empty cache")

@@ -140,6 +140,22 @@ def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_pa
     assert not torch.equal(averages[name], trainer.model.state_dict()[name])
 
 
+def test_codes_move_at_every_tenth_of_their_patience(tmp_path: Path, prepared: Path):
+    config = tiny_config(max_steps=60)
+    config["models"]["vqvae"]["args"] |= {"reseed_after": 30, "num_embeddings": 500}
+    trainer = build(tmp_path, prepared, config)
+    real, moved = trainer.objective.commit, {}
+
+    def commit(step: int, **given):
+        overwritten = real(step, **given)
+        moved[step] = len(overwritten["quantizer.codebook"])
+        return overwritten
+
+    trainer.objective.commit = commit
+    trainer.run(max_steps=60)
+    assert moved[30] and moved[33] and {step for step, codes in moved.items() if codes} <= set(range(30, 61, 3))
+
+
 def test_resume_in_process_and_other_ema_rates(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
     build(tmp_path, prepared, tiny_config(max_steps=2)).run()
     trainer = build(tmp_path, prepared, tiny_config(max_steps=3, ema_rate=[0.99, 0.5]))

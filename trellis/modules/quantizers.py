@@ -149,6 +149,10 @@ class VectorQuantizer(nn.Module):
         gradient: "straight_through" or "rotation".
         reseed_after: a code that no row chose for this many steps moves to a row of the current step; 0 for never.
         seed: of the draw of those rows.
+
+    Attributes:
+        reseed_every: steps at whose multiples training should let codes move, a tenth of `reseed_after`: with many
+            codes some reach their limit in almost every step, and moving them waits for the device.
     """
 
     codebook: Tensor
@@ -178,6 +182,7 @@ class VectorQuantizer(nn.Module):
         self.num_embeddings, self.dim = num_embeddings, dim
         self.use_ema_update, self.ema_decay = use_ema_update, ema_decay
         self.gradient, self.reseed_after, self.seed = gradient, reseed_after, seed
+        self.reseed_every = max(1, reseed_after // 10)
         codebook = torch.randn(num_embeddings, dim) / dim**0.5
         if use_ema_update:
             self.register_buffer("codebook", codebook)

@@ -178,13 +178,15 @@ class SparseSDFVQVAEObjective:
         """After an optimizer step: the codebook takes in the step's statistics.
 
         Args:
-            overwrite: whether `statistics` found rows to overwrite; only then are the next two read.
+            overwrite: whether `statistics` found rows to overwrite; only then are the next two read, and only in
+                steps at which the quantizer lets codes move.
             batches: this rank's micro-batches. places: of their shapes among those of all ranks, ascending.
 
         Returns:
             {parameter name: rows that were overwritten}, whose moments the optimizer must forget.
         """
         order = None
+        overwrite = overwrite and step % self.quantizer.reseed_every == 0
         if overwrite:
             rows = torch.cat([batch["blocks_per_sample"] for batch in batches])
             order = torch.repeat_interleave(torch.tensor(places), rows)
