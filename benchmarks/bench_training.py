@@ -171,7 +171,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "step_ms": round(step_ms, 2), "median_step_ms": median,
         "arithmetic_floor_ms": round(2e3 * work / RATE, 2),
         "shapes_per_s": round(1e3 * trainer.sampler.global_batch / step_ms, 2), **scaling,
-        "data_wait_ms": median_ms(timed, "data_s"), **on_gpu,
+        "slowest_steps_ms": slowest(timed), "data_wait_ms": median_ms(timed, "data_s"), **on_gpu,
         "weights_and_optimizer_gb": round(held / 1e9, 2), "estimated_largest_shape_gb": round(max(cost) / 1e9, 2),
         "last_loss": lines[-1]["loss"] if lines else None,
     }
@@ -179,6 +179,11 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def median_ms(records: list[dict[str, Any]], key: str) -> float | None:
     return round(1e3 * statistics.median(r[key] for r in records), 2) if records else None
+
+
+def slowest(records: list[dict[str, Any]]) -> list[list[float]]:
+    """[step, milliseconds] of the six longest steps."""
+    return sorted(([r["step"], round(1e3 * r["step_s"], 1)] for r in records), key=lambda pair: -pair[1])[:6]
 
 
 def held_tensors(trainer: Any) -> list[torch.Tensor]:

@@ -45,7 +45,7 @@ def available_device(name: str | None) -> str:
 def train_rank(options: RunOptions) -> int:
     """Train as the rank that the environment names; problems are logged.
 
-    Returns the exit code; with several ranks, a failure ends the process with it.
+    Returns the exit code; with several ranks, the process ends with it.
     """
     ranks = ranks_from_environment()
     try:
@@ -56,6 +56,9 @@ def train_rank(options: RunOptions) -> int:
             _end_process(code)  # here, while the error still holds on to everything: nothing is taken down any more
         return code
     stop_process_group()
+    if ranks.world_size > 1:
+        # an interpreter that ends while gloo's threads do is at times aborted by them, with everything saved
+        _end_process(code)
     return code
 
 
