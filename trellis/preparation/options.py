@@ -65,8 +65,9 @@ def _add_sources(parser: argparse.ArgumentParser, lists: str) -> None:
     group = parser.add_argument_group("what is read")
     group.add_argument("--mesh-space", default="LPS", choices=["LPS", "RAS"], help="of untagged meshes (%(default)s)")
     words: dict[str, Any] = {"type": _words} if lists == "commas" else {"type": lambda text: [text], "nargs": "+"}
+    label = "LABEL[,LABEL...]" if lists == "commas" else "LABEL"
     group.add_argument(
-        "--labels", action=_Flat, metavar="LABEL", help="numbers, names or patterns that are kept (all)", **words
+        "--labels", action=_Flat, metavar=label, help="numbers, names or patterns that are kept (all)", **words
     )
     group.add_argument("--label-names", metavar="TABLE", help="names of labels (else a table beside a volume is used)")
     add_search_options(group)
@@ -92,7 +93,8 @@ def _add_shapes(parser: argparse.ArgumentParser, lists: str) -> None:
     group = parser.add_argument_group("what is made")
     several = {} if lists == "commas" else {"nargs": "+"}
     group.add_argument(
-        "--resolutions", type=_numbers, action=_Flat, default=[64, 512, 1024], metavar="R",
+        "--resolutions", type=_numbers, action=_Flat, default=[64, 512, 1024],
+        metavar="R[,R...]" if lists == "commas" else "R",
         help="voxels per side (%(default)s)", **several,
     )  # fmt: skip
     group.add_argument("--frame", default="shape", help="cube: shape, patient or fixed-mm:SIZE (%(default)s)")
