@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_reading.py [--resolution 512] [--repeats 21] [--max-points 500000]
 
-The shape is a sphere of radius 0.475: at 512 it has 26,888 blocks, 27.5 MB.
+The shape is a sphere of radius 0.475: at 512 it has 26,888 blocks, 27.7 MB.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-REFERENCE_ROOT = Path(__file__).resolve().parents[2] / "shared"
-CARRIED = Path(__file__).resolve().parents[1] / ".carry"
-"""Where the same material travels along to a machine that gets the checkout alone (ignored by git)."""
+REFERENCE_ROOT = Path(os.environ.get("TRELLIS_REFERENCE_DIR", Path(__file__).resolve().parents[2] / "shared"))
+"""Material too large for the repository; tests that need it are skipped without it."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -42,8 +42,6 @@ def cuda_device() -> str:
 @pytest.fixture(scope="session")
 def parity_dir() -> Path:
     path = REFERENCE_ROOT / "parity"
-    if not path.is_dir():
-        path = CARRIED / "parity"
     if not path.is_dir():
         pytest.skip("the published network's fixtures are not beside this checkout")
     return path

@@ -108,6 +108,27 @@ def test_machine_without_gpu_is_told_so(monkeypatch):
     assert "nvidia-smi" in doctor.find_devices(timeout_s=1)[1][-1].advice
 
 
+def test_triton_s_compiler_is_looked_for(monkeypatch, tmp_path):
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/clang" if name == "clang" else None)
+    found = doctor.compiler_for_triton()
+    assert found.ok and found.detail == "/usr/bin/clang" and not found.advice
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    (tmp_path / "Python.h").unlink()
+    found = doctor.compiler_for_triton()
+    assert not found.ok and not found.essential and found.detail == "no gcc or clang and no Python.h"
+    assert "apt install gcc python3-dev" in found.advice
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert doctor.compiler_for_triton().detail == "no Python.h"
+    answer = {"torch": "2.13.0", "threads": 1, "cuda_build": "13.0", "warp_cuda": True}
+    answer["gpus"] = [{"name": "H100", "memory_gib": 79.0, "capability": "9.0"}]
+    monkeypatch.setattr(doctor, "_run_child", lambda *given: answer)
+    devices, sections = doctor.find_devices(timeout_s=1)
+    assert devices == ["cpu", "cuda:0"] and sections[-1].name == "C compiler for Triton" and not sections[-1].ok
+
+
 def test_a_whole_examination_of_this_machine():
     report = doctor.examine()
     assert list(report.sections)[:4] == ["machine", "packages", "devices", "probes on cpu"]

@@ -7,11 +7,14 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 PACKAGES: dict[str, str] = {
     "torch": "training and encoding cannot run; pip install torch",
@@ -192,10 +195,29 @@ def find_devices(*, timeout_s: float) -> tuple[list[str], list[Finding]]:
             else f"PyTorch is built for CUDA {answer['cuda_build']} and finds no GPU; check nvidia-smi and the driver"
         )
         found.append(Finding("GPU", "none found", ok=False, essential=False, advice=advice))
-    elif not answer["warp_cuda"]:
+        return devices, found
+    found.append(compiler_for_triton())
+    if not answer["warp_cuda"]:
         advice = "Warp finds no CUDA device, TSDFs are made on the CPU; check the driver's version against Warp's"
         found.append(Finding("Warp on CUDA", "not available", ok=False, essential=False, advice=advice))
     return devices, found
+
+
+def compiler_for_triton() -> Finding:
+    """Whether the C compiler and the headers are there with which Triton builds its launcher for a GPU, once."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks for them
+    headers = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
+    missing = [] if compiler else ["gcc or clang"]
+    if not headers.is_file():
+        missing.append("Python.h")
+    if not missing:
+        return Finding("C compiler for Triton", str(compiler), essential=False)
+    advice = (
+        "Triton builds a small launcher once and cannot: install gcc and Python's headers (Debian: apt install gcc "
+        "python3-dev; conda: conda install gcc), or set CC"
+    )
+    return Finding("C compiler for Triton", f"no {' and no '.join(missing)}", ok=False, essential=False, advice=advice)
 
 
 def run_probe(probe: str, device: str, *, timeout_s: float = PROBE_TIMEOUT_S, essential: bool = True) -> Finding:
