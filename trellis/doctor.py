@@ -214,8 +214,8 @@ def compiler_for_triton() -> Finding:
     if not missing:
         return Finding("C compiler for Triton", str(compiler), essential=False)
     advice = (
-        "Triton builds a small launcher once and cannot: install gcc and Python's headers (Debian: apt install gcc "
-        "python3-dev; conda: conda install gcc), or set CC"
+        "Triton builds a small launcher once and cannot, and plain PyTorch runs in its place, much slower: "
+        "install gcc and Python's headers (Debian: apt install gcc python3-dev; conda: conda install gcc), or set CC"
     )
     return Finding("C compiler for Triton", f"no {' and no '.join(missing)}", ok=False, essential=False, advice=advice)
 

@@ -1,7 +1,7 @@
 """Sparse convolutions with gradients: validation, the choice of a backend, and autograd.
 
 Backends: "reference" (slow oracle), "cpu" (gather + GEMM in chunks, plain torch), "dense" (the batch's bounding box,
-plain torch), "triton" (CUDA kernels). "auto" takes "triton" for CUDA tensors where Triton is installed; otherwise
+plain torch), "triton" (CUDA kernels). "auto" takes "triton" for CUDA tensors where Triton works; otherwise
 "dense" on a CPU where blocks fill their box well enough, and else "cpu". A backend asked for by name that
 cannot run is an error, never a fallback.
 """

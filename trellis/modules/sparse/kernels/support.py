@@ -1,8 +1,9 @@
-"""Where Triton kernels can run; does not import Triton."""
+"""Where Triton kernels can run; imports Triton only once a CUDA tensor asks."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,8 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -23,14 +26,36 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def triton_works() -> bool:
+    """Whether Triton can launch on this machine's GPUs: at first it builds a small launcher, with a C compiler.
+
+    Where it is installed and cannot, that is said once.
+    """
+    if not triton_installed():
+        return False
+    from triton.runtime import driver
+
+    try:
+        return driver.active.utils is not None
+    except Exception as error:  # whatever the compiler, the loader or the driver has to say
+        reason = str(error).strip().splitlines()
+        logger.warning(
+            "Triton cannot start, plain PyTorch runs in its place, several times slower: %s "
+            "(it builds a launcher once, with gcc or clang and Python's headers: install these, or set CC)",
+            reason[0] if reason else type(error).__name__,
+        )
+        return False
+
+
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET asks for the interpreter, which runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether tensors of `dtype` on `device` take the kernels by default: CUDA, 16 or 32 bit, Triton installed."""
-    return device.type == "cuda" and dtype in KERNEL_DTYPES and triton_installed()
+    """Whether tensors of `dtype` on `device` take the kernels by default: CUDA, 16 or 32 bit, Triton works."""
+    return device.type == "cuda" and dtype in KERNEL_DTYPES and triton_works()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
