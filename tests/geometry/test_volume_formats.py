@@ -203,8 +203,7 @@ def plain_threshold(data: np.ndarray, low: float, high: float | None) -> tuple[n
 
     field = data.astype(np.float64) - low
     field = field if high is None else np.minimum(field, high - data.astype(np.float64))
-    tiny = 1e-6 * np.abs(field).max()
-    field = np.pad(np.where(np.abs(field) < tiny, tiny, field), 1, mode="edge")
+    field = np.pad(np.where(field == 0, 1e-12 * np.abs(field).max(), field), 1, mode="edge")
     rim = np.ones(field.shape, dtype=bool)
     rim[1:-1, 1:-1, 1:-1] = False
     field[rim] = -np.abs(field[rim])
@@ -239,8 +238,29 @@ def test_threshold_in_slabs_is_the_threshold_of_the_whole(monkeypatch, dtype, sc
             vertices, faces = threshold_surface(np.asarray(data, order=order), np.eye(4), *bounds)
             expected, expected_faces = plain_threshold(data, *bounds)
             np.testing.assert_array_equal(faces, expected_faces)
-            np.testing.assert_allclose(vertices, expected, atol=1e-5)
+            # whole numbers on the level are moved off it by 1e-6 of the field's scale; neighbours differ by 1 and more
+            np.testing.assert_allclose(vertices, expected, atol=1e-5 + 1e-6 * np.abs(data.astype(float) - low).max())
     assert len(faces) > 2000
+
+
+@pytest.mark.parametrize("odd", [-6e5, 6e5, -3.4e38, 3.4e38])
+def test_a_fill_value_leaves_the_surface_alone(odd: float):
+    """One voxel of another magnitude, away from the surface: the rest of the surface is what it was."""
+    x, y, z = np.meshgrid(*[np.arange(24) - 11.3] * 3, indexing="ij")
+    data = np.clip(0.5 + (6.2 - np.sqrt(x**2 + y**2 + z**2)) / 4, 0, 1).astype(np.float32)
+    expected, faces = threshold_surface(data, np.eye(4), 0.5)
+    data[(1, 1, 1) if odd < 0 else (11, 11, 11)] = odd
+    vertices, same = threshold_surface(data, np.eye(4), 0.5)
+    np.testing.assert_array_equal(same, faces)
+    np.testing.assert_allclose(vertices, expected, atol=1e-4)
+
+
+def test_fill_values_on_both_sides_keep_every_sign():
+    data = np.zeros((20, 20, 20), dtype=np.float32)
+    data[5:15, 5:15, 5:15] = 1
+    data[0, 0, 0], data[10, 10, 10] = -3.4e38, 3.4e38
+    vertices, _ = threshold_surface(data, np.eye(4), 0.5)
+    np.testing.assert_allclose([vertices.min(0), vertices.max(0)], [[4.5] * 3, [14.5] * 3], atol=1e-6)
 
 
 def test_threshold_holds_one_field_in_float32():
@@ -324,6 +344,44 @@ def test_units_along_axes_and_of_metaimage(tmp_path: Path):
     volume = read_volume(tmp_path / "a.mha")
     np.testing.assert_allclose(volume.affine[:3], ORIENTATIONS["oblique"][:3] * 10, atol=1e-4)
     assert volume.notes == ("the header's unit is cm: converted to mm",)
+
+
+@pytest.mark.parametrize(
+    ("space", "noted"),
+    [("right-anterior-superior", False), ("RAS", False), ("scanner-xyz", True), ("3D-right-handed", True)],
+)
+def test_spaces_of_nrrd(tmp_path: Path, space: str, noted: bool):
+    """Those that say where left is are followed; of the others it is said what they are taken for."""
+    write_nrrd(tmp_path / "a.nrrd", labels(), SHEARED)
+    content = (tmp_path / "a.nrrd").read_bytes()
+    assert b"space: left-posterior-superior" in content
+    (tmp_path / "a.nrrd").write_bytes(content.replace(b"left-posterior-superior", space.encode()))
+    volume = read_volume(tmp_path / "a.nrrd")
+    expected = SHEARED if noted else np.diag([-1.0, -1.0, 1.0, 1.0]) @ SHEARED
+    np.testing.assert_allclose(volume.affine, expected, atol=1e-5)
+    said = f"the header's space, '{space.lower()}', does not say where the patient's left is: taken as left-posterior"
+    assert [note.startswith(said) for note in volume.notes] == [True] * noted
+
+
+def test_a_data_file_has_the_length_that_its_header_announces(tmp_path: Path):
+    """Or all voxels would be shifted: a header of its own left in it, a wrong type, a wrong size."""
+    voxels = labels().tobytes(order="F")
+    nrrd = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 14 12 9\nspacings: 1 1 1\nencoding: raw\ndata file: a.raw\n"
+    meta = "ObjectType = Image\nNDims = 3\nDimSize = 14 12 9\nElementSpacing = 1 1 1\nElementType = MET_UCHAR\n"
+    end = "ElementDataFile = a.raw\n"
+    for name, plain, skipping, from_the_end in (
+        ("a.nhdr", nrrd + "\n", nrrd + "byte skip: 64\n\n", nrrd + "byte skip: -1\n\n"),
+        ("a.mhd", meta + end, meta + "HeaderSize = 64\n" + end, meta + "HeaderSize = -1\n" + end),
+    ):
+        (tmp_path / "a.raw").write_bytes(voxels)
+        (tmp_path / name).write_text(plain)
+        np.testing.assert_array_equal(read_volume(tmp_path / name).data, labels())
+        (tmp_path / "a.raw").write_bytes(bytes(64) + voxels)
+        with pytest.raises(ValueError, match="data file has 1576 bytes, and the header announces 1512 of voxels after"):
+            read_volume(tmp_path / name)
+        for header in (skipping, from_the_end):
+            (tmp_path / name).write_text(header)
+            np.testing.assert_array_equal(read_volume(tmp_path / name).data, labels())
 
 
 @pytest.mark.parametrize("units", ['"furlong" "furlong" "furlong"', '"s" "s" "s"', '"mm" "mm" "cm"'])

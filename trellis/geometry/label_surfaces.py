@@ -205,7 +205,7 @@ def threshold_surface(
 
 
 def _level_field(data: np.ndarray, low: float, high: float | None) -> np.ndarray:
-    """How far each voxel is within the bounds, as a share of the most that occurs, closed around.
+    """How far each voxel is within the bounds, in units of the most that occurs on one side, closed around.
 
     Computed in float64 a slab at a time, so that the field itself is all that is held.
 
@@ -219,19 +219,26 @@ def _level_field(data: np.ndarray, low: float, high: float | None) -> np.ndarray
         values = data[:, :, slab].astype(np.float64)
         return values - low if high is None else np.minimum(values - low, high - values)
 
-    most, reached = 1e-300, False
+    most_inside, most_outside, reached = 0.0, 0.0, False
     for slab in slabs:
         part = within(slab)
-        most, reached = max(most, float(np.abs(part).max())), reached or bool((part >= 0).any())
+        most_inside, most_outside = max(most_inside, float(part.max())), max(most_outside, float(-part.min()))
+        reached = reached or bool((part >= 0).any())
     if not reached:
         bounds = f"{low}" if high is None else f"{low} to {high}"
         lowest, highest = float(data.min()), float(data.max())
         raise ValueError(f"no voxel reaches the threshold {bounds}: values lie in [{lowest}, {highest}]")
+    # the smaller of the two: a fill value or an outlier on one side says nothing of the contrast at the surface
+    scale = min((most for most in (most_inside, most_outside) if most > 0), default=1.0)
     field = np.empty([n + 2 for n in data.shape], dtype=np.float32, order="F")
     for slab in slabs:
-        part = within(slab) / most
+        part = within(slab)
+        part /= scale
+        np.clip(part, -1e6, 1e6, out=part)
         # a voxel exactly on the level would give triangles without area
-        field[1:-1, 1:-1, slab.start + 1 : slab.stop + 1] = np.where(np.abs(part) < 1e-6, 1e-6, part)
+        part[(part >= 0) & (part < 1e-6)] = 1e-6
+        part[(part < 0) & (part > -1e-6)] = -1e-6
+        field[1:-1, 1:-1, slab.start + 1 : slab.stop + 1] = part
     for axis in range(3):
         along = np.moveaxis(field, axis, 0)
         inner = [slice(None) if done < axis else slice(1, -1) for done in range(3) if done != axis]

@@ -47,19 +47,33 @@ def _check_data_file(path: Path, name: str | None) -> int:
     return target.stat().st_size
 
 
-def _read_image(path: Path, held_bytes: int) -> Any:
-    """The SimpleITK image, after its header was checked against what the file can hold."""
+def _read_image(path: Path, held_bytes: int, skipped_bytes: int | None) -> Any:
+    """The SimpleITK image, after its header was checked against what the file can hold.
+
+    Args:
+        skipped_bytes: before the voxels of a data file that holds nothing else, unpacked; then its length must fit.
+            None where it may have any.
+    """
     import SimpleITK
 
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    check_announced(reader, held_bytes)
+    needed = check_announced(reader, held_bytes)
+    if skipped_bytes is not None and held_bytes != needed + skipped_bytes:
+        raise ValueError(
+            f"its data file has {held_bytes} bytes, and the header announces {needed} of voxels after {skipped_bytes}: "
+            "size, voxel type or the bytes to skip are wrong"
+        )
     return reader.Execute()
 
 
-def check_announced(reader: Any, held_bytes: int) -> None:
-    """ValueError if an image's information announces more bytes than can be packed into what the file holds."""
+def _whole_number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
+
+
+def check_announced(reader: Any, held_bytes: int) -> int:
+    """Bytes of the voxels that an image's information announces; ValueError if the file cannot hold them, packed."""
     import SimpleITK
 
     size = reader.GetSize()
@@ -70,6 +84,7 @@ def check_announced(reader: Any, held_bytes: int) -> None:
     for n in size:
         needed *= int(n)
     check_packing(needed, held_bytes)
+    return needed
 
 
 def image_voxels(image: Any) -> np.ndarray:
@@ -107,17 +122,19 @@ def read_nrrd(path: Path) -> RawVolume:
     header = _text_header(path, rb"^\s*$")
     if not any(key.startswith("nrrd0") for key in header) and not path.open("rb").read(4) == b"NRRD":
         raise ValueError("an NRRD file starts with 'NRRD'")
+    held, skipped = path.stat().st_size, None
     if any(key in header for key in ("data file", "datafile")):
         held = _check_data_file(path, header.get("data file", header.get("datafile")))
-    else:
-        held = path.stat().st_size
+        skipped = _nrrd_skip(header)
     _refuse_negative_spacing(header, "spacings")
-    image = _read_image(path, held)
+    image = _read_image(path, held, skipped)
     data, affine = image_voxels(image), TO_RAS @ _image_affine(image)
+    about_space: tuple[str, ...] = ()
     if "space directions" in header:
-        affine = _nrrd_affine(header, affine)
+        affine, about_space = _nrrd_affine(header, affine)
     units = header.get("space units" if "space directions" in header else "units", "")
     affine, notes = _in_mm(affine, re.findall(r'"([^"]*)"', units)[:3])  # a fourth may be of time
+    notes += about_space
     names = _slicer_segments({key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}, data)
     if "space directions" in header or "spacings" in header:
         return RawVolume(data, check_affine(affine), names, notes)
@@ -147,14 +164,30 @@ def _in_mm(affine: np.ndarray, units: list[str]) -> tuple[np.ndarray, tuple[str,
     return np.diag([scale, scale, scale, 1.0]) @ affine, (f"the header's unit is {stated.pop()}: converted to mm",)
 
 
-def _nrrd_affine(header: dict[str, str], fallback: np.ndarray) -> np.ndarray:
-    """The affine as the header's own vectors say (ITK makes directions orthonormal, and loses shear)."""
-    spaces = {"left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1), "right-anterior-superior": (1, 1, 1),
-              "ras": (1, 1, 1), "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1)}  # fmt: skip
-    to_ras = spaces.get(header.get("space", "").lower())
+def _nrrd_skip(header: dict[str, str]) -> int | None:
+    """Bytes before the voxels of a data file, None where its length says nothing: packed, text, lines to skip."""
+    if header.get("encoding", "").lower() != "raw" or header.get("line skip", header.get("lineskip", "0")) != "0":
+        return None
+    skip = _whole_number(header.get("byte skip", header.get("byteskip", "0")))
+    return skip if skip is not None and skip >= 0 else None  # -1: the voxels are what the file ends with
+
+
+TO_RAS_OF_SPACE = {
+    "left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1), "right-anterior-superior": (1, 1, 1), "ras": (1, 1, 1),
+    "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1),
+}  # fmt: skip
+
+
+def _nrrd_affine(header: dict[str, str], fallback: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The affine as the header's own vectors say (ITK makes directions orthonormal, and loses shear), and notes."""
+    space = header.get("space", "").strip().lower()
+    to_ras, notes = TO_RAS_OF_SPACE.get(space), ()
+    if to_ras is None:
+        said = f"the header's space, {space[:40]!r}, does" if space else "the header's space directions do"
+        notes = (f"{said} not say where the patient's left is: taken as left-posterior-superior",)
     vectors = re.findall(r"\(([^)]*)\)", header["space directions"])
-    if to_ras is None or len(vectors) != 3:
-        return fallback
+    if len(vectors) != 3:
+        return fallback, notes
     try:
         columns = [[float(x) for x in v.split(",")] for v in vectors]
         origin = [float(x) for x in header.get("space origin", "(0,0,0)").strip("() ").split(",")]
@@ -163,7 +196,7 @@ def _nrrd_affine(header: dict[str, str], fallback: np.ndarray) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = np.array(columns).T
     affine[:3, 3] = origin
-    return np.diag([*to_ras, 1.0]) @ affine
+    return np.diag([*(to_ras or (-1, -1, 1)), 1.0]) @ affine, notes
 
 
 def _slicer_segments(meta: dict[str, str], data: np.ndarray) -> tuple[dict[int, str], ...]:
@@ -191,7 +224,9 @@ def read_metaimage(path: Path) -> RawVolume:
     _refuse_negative_spacing(header, "elementspacing", "elementsize")
     held = _check_data_file(path, header["elementdatafile"])
     spaced = "elementspacing" in header or "elementsize" in header
-    image = _read_image(path, held)
+    packed = header.get("compresseddata", "false").lower() == "true"
+    skipped = None if packed or header["elementdatafile"].upper() == "LOCAL" else int(header.get("headersize", "0"))
+    image = _read_image(path, held, skipped if skipped is None or skipped >= 0 else None)  # -1: voxels end the file
     affine, notes = _in_mm(TO_RAS @ _image_affine(image), [header.get("distanceunits", "")])
     if spaced:
         return RawVolume(image_voxels(image), check_affine(affine), notes=notes)
