@@ -10,6 +10,7 @@ from volume_cases import ORIENTATIONS, SHEARED, itk_image, labels, save, write_n
 
 from trellis.geometry.volume import (
     IntensityVolume,
+    UnreadMask,
     labels_of,
     parse_threshold,
     read_intensity,
@@ -52,9 +53,23 @@ def test_slicer_segmentation_with_overlapping_layers(tmp_path: Path):
 
     image.SetMetaData("Segment1_LabelValue", "2")
     SimpleITK.WriteImage(itk_with(image, np.stack([first, second * 2], axis=-1)), str(path))
-    layers = read_label_layers(path)  # value 2 in both layers: the layers get values of their own
-    assert [layer.names for layer in layers] == [{1: "liver", 2: "left kidney"}, {3: "tumour"}]
-    assert [labels_of(layer) for layer in layers] == [[1, 2], [3]]
+    layers = read_label_layers(path)  # value 2 in both layers: it stays in the first
+    assert [layer.names for layer in layers] == [{2: "liver", 5: "left kidney"}, {1: "tumour"}]
+    assert [layer.file_values for layer in layers] == [{2: 2}, {1: 2}]
+    np.testing.assert_array_equal(layers[0].data, first)
+    np.testing.assert_array_equal(layers[1].data, second)
+
+    image.SetMetaData("Segment3_Name", "nothing")  # an empty segment does not name another layer's
+    image.SetMetaData("Segment3_LabelValue", "5")
+    image.SetMetaData("Segment3_Layer", "1")
+    odd = second.astype(np.int32) * 2147483647
+    SimpleITK.WriteImage(itk_with(image, np.stack([first.astype(np.int32), odd], axis=-1)), str(path))
+    layers = read_label_layers(path)
+    assert [layer.names for layer in layers] == [{2: "liver", 5: "left kidney"}, {}]
+    odd = np.where(first == 2, 2147483647, odd)
+    SimpleITK.WriteImage(itk_with(image, np.stack([np.where(first == 2, 2147483647, 0), odd], axis=-1)), str(path))
+    layers = read_label_layers(path)
+    assert [layer.names for layer in layers] == [{2147483647: "2147483647"}, {1: "2147483647"}]
 
 
 def itk_with(image, data):
@@ -121,8 +136,24 @@ def test_folder_of_masks_as_totalsegmentator_writes(tmp_path: Path):
     layers = read_label_layers(tmp_path)
     assert [layer.names for layer in layers] == [{1: "aorta", 3: "liver"}, {2: "body"}]
     save(tmp_path / "moved.nii.gz", (data > 0).astype(np.uint8), np.eye(4))
-    with pytest.raises(ValueError, match="moved.nii.gz: lies on another grid than aorta.nii.gz"):
+    with pytest.raises(ValueError, match="mask 4 of 5, .*moved.nii.gz: lies on another grid than aorta.nii.gz, mask 1"):
         read_label_layers(tmp_path)
+
+
+def test_a_mask_that_cannot_be_read_does_not_stop_the_others_where_it_is_asked_for(tmp_path: Path):
+    data = labels()
+    save(tmp_path / "liver.nii.gz", (data == 5).astype(np.uint8), SHEARED)
+    save(tmp_path / "two.nii.gz", data, SHEARED)
+    (tmp_path / "aorta.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="mask 1 of 3: .*aorta.nii.gz: not a readable"):
+        read_label_layers(tmp_path)
+    unread: list[UnreadMask] = []
+    (volume,) = read_label_layers(tmp_path, unread=unread)
+    assert volume.names == {2: "liver"} and [(mask.value, mask.name) for mask in unread] == [(1, "aorta"), (3, "two")]
+    assert "ImageFileError" in unread[0].error.public and "mask 1 of 3: " in unread[0].error.public
+    assert "mask 3 of 3: " in str(unread[1].error) and "0 and one value" in str(unread[1].error)
+    (tmp_path / "liver.nii.gz").write_bytes(b"nothing")
+    assert read_label_layers(tmp_path, unread=[]) == []
 
 
 def test_a_folder_of_masks_takes_no_more_memory_for_more_masks(tmp_path: Path):

@@ -133,8 +133,9 @@ def test_what_does_not_work_is_told(tokenizer, data_root, tmp_path):
 def test_names_of_slices_stay_out_of_the_record(tokenizer, data_root, tmp_path):
     masks = data_root / "p2" / "segmentations"
     (masks / "jane-doe-1970.nii.gz").write_bytes(b"not a volume")
-    outcome, _ = encoded(tokenizer, [masks], tmp_path / "out")
-    assert "jane-doe-1970" in outcome.failures[0].reason, "the user is told which file it is"
+    outcome, tokens = encoded(tokenizer, [masks], tmp_path / "out")
+    assert "mask 2 of 3: " in outcome.failures[0].reason and "jane-doe-1970" in outcome.failures[0].reason
+    assert sorted(t.label for t in tokens.values()) == ["aorta", "vessel"], "the other masks are encoded"
     text = (tmp_path / "out" / "errors.csv").read_text()
     assert "jane-doe" not in text and str(tmp_path) not in text
     assert [row["stage"] for row in csv.DictReader(text.splitlines())] == ["read"]

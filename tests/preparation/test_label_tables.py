@@ -15,6 +15,7 @@ from trellis.pipelines.inspect_file import inspect_file
 from trellis.pipelines.shape_inputs import InputOptions, sources_of
 from trellis.preparation.label_tables import Regions, digest_of, find_table, read_table
 from trellis.preparation.prepare import prepare_dataset
+from trellis.utils.io_utils import load_sparse_sdf
 
 OPTIONS = {"resolutions": (32,), "workers": 0, "progress": False}
 BRATS = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing": 3}
@@ -78,6 +79,19 @@ def test_regions_of_several_layers():
         Regions({"absent": (7,)}).layers(layers)
 
 
+def test_regions_of_one_value_are_all_kept(tmp_path):
+    root = nested(tmp_path)
+    (root / "dataset.json").write_text(json.dumps({"labels": {"whole": [1, 2, 3], "core": 3, "again": [3]}}))
+    prepare_dataset(root, tmp_path / "out", **OPTIONS)
+    prepared = [load_sparse_sdf(path) for path in (tmp_path / "out" / "sparse_sdf").iterdir()]
+    values = {shape.label: shape.label_value for shape in prepared}
+    assert len(prepared) == 3 and values["core"] == 3 and values["again"] is None
+    assert prepare_dataset(root, tmp_path / "picked", **OPTIONS, labels=["3"]).n_shapes == 2
+    (root / "dataset.json").write_text(json.dumps({"labels": {"whole": [1, 2], "core": [3, 2], "core ": [3]}}))
+    with pytest.raises(ValueError, match="two regions are called 'core'"):
+        read_table(root / "dataset.json")
+
+
 @pytest.mark.parametrize("value", [[1, "2"], [1, -2], [True, 2], "3"])
 def test_a_region_holds_whole_numbers(tmp_path, value):
     path = tmp_path / "dataset.json"
@@ -107,6 +121,27 @@ def test_a_dataset_json_that_names_nothing_is_said(tmp_path, content, reason):
     (root / "dataset.json").unlink()
     (root / "one" / "seg.json").write_text('{"RepetitionTime": 2')  # of the scan: nobody said that it names labels
     assert prepare_dataset(root, tmp_path / "out", **OPTIONS).warnings == []
+
+
+TWICE = "2 liver\n2 Doe_Jane\n"
+
+
+@pytest.mark.parametrize("name", ["Doe.csv", "Doe.nii.gz.tsv", "Doe.ctbl", "Doe.nii.label", "Doe.txt"])
+def test_a_table_of_the_volumes_name_that_has_a_mistake_is_said(tmp_path, name, caplog):
+    root = tmp_path / "in"
+    path = write_labels(root / "p" / "Doe.nii.gz")
+    (path.parent / name).write_text(TWICE.replace(" ", "," if "csv" in name else "\t"))
+    (root / "dataset.json").write_text(json.dumps({"labels": {"liver": 2, "milt": 7}}))
+    said = f"a .{name.rpartition('.')[2]} file of the volume's name names no labels: label 2 has two names, "
+    for keep, names in ((False, "<source> and <source>"), (True, "'liver' and 'Doe_Jane'")):
+        summary = prepare_dataset(root, tmp_path / "out", **OPTIONS, keep_source_paths=keep)
+        assert summary.warnings == [f"1 volume(s): {said}{names}"] and summary.exit_code == 0
+    (source,) = sources_of([path], InputOptions(resolution=32))
+    list(source.shapes())
+    assert said in caplog.text
+    assert inspect_file(path)["tables_not_used"] == [f"{said}'liver' and 'Doe_Jane'"]
+    (path.parent / name).write_text("")
+    assert "no label name found" in prepare_dataset(root, tmp_path / "out", **OPTIONS).warnings[0]
 
 
 def test_tables_are_told_apart():

@@ -126,3 +126,25 @@ def test_labels_lose_the_patients_name(label, patient, expected):
 
 def test_scrub_takes_the_longest_name_first():
     assert scrub("/a/doe/doe_scan.stl: bad", ["doe", "/a/doe/doe_scan.stl", "doe_scan.stl"]) == "<source>: bad"
+
+
+@pytest.mark.parametrize(
+    ("regex", "name", "label"),
+    [("^([A-Za-z]+)_", "DoeJane_liver.stl", "liver"), ("^(.*)$", "ward/DoeJane/DoeJane_liver.stl", "liver"),
+     ("^(ward/[^/]+)", "ward/DoeJane/liver_of_doejane.stl", "liver_of"), ("Doe", "DoeJane_liver.stl", "Jane_liver")],
+)  # fmt: skip
+def test_a_regex_for_patients_keeps_them_out_of_labels_wherever_the_file_lies(tmp_path, regex, name, label):
+    out = tmp_path / "out"
+    write_stl(tmp_path / "in" / name, *ellipsoid())
+    prepare_dataset(tmp_path / "in", out, **OPTIONS, patient_regex=regex)
+    assert f",{label}," in (out / "metadata.csv").read_text()
+    for content in everything_written(out):
+        assert b"doe" not in content.lower()
+    prepare_dataset(tmp_path / "in", out, **OPTIONS, patient_regex=regex, keep_patient_ids=True)
+    assert f",{name.rpartition('/')[2].removesuffix('.stl')}," in (out / "metadata.csv").read_text()
+
+
+def test_a_file_in_data_root_without_a_regex_is_called_as_it_is(tmp_path, caplog):
+    write_stl(tmp_path / "in" / "liver.stl", *ellipsoid())
+    prepare_dataset(tmp_path / "in", tmp_path / "out", **OPTIONS)
+    assert ",liver," in (tmp_path / "out" / "metadata.csv").read_text() and "its name becomes its label" in caplog.text

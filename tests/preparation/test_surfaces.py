@@ -11,16 +11,22 @@ import pytest
 from preparation_shapes import ellipsoid, write_labels, write_stl
 
 from trellis.geometry.volume import LabelVolume
+from trellis.pipelines.inspect_file import inspect_file
 from trellis.preparation.discover import find_sources
 from trellis.preparation.prepare import prepare_dataset
-from trellis.preparation.surfaces import matches, names_of_labels, without_small_components
+from trellis.preparation.surfaces import matches, names_of_labels, picks_of_labels, without_small_components
+from trellis.utils.io_utils import load_sparse_sdf
 
 OPTIONS = {"resolutions": (32,), "workers": 0, "progress": False}
 
 
-def labels_in(out):
+def rows_in(out):
     with open(out / "metadata.csv", newline="", encoding="utf-8") as stream:
-        return sorted(row["label"] for row in csv.DictReader(stream))
+        return list(csv.DictReader(stream))
+
+
+def labels_in(out):
+    return sorted(row["label"] for row in rows_in(out))
 
 
 def save(path, data, affine=None):
@@ -32,6 +38,20 @@ def box(low, high, shape=(16, 16, 16)):
     data = np.zeros(shape, dtype=np.uint8)
     data[tuple(slice(a, b) for a, b in zip(low, high))] = 1
     return data
+
+
+def write_segments(path):
+    """Slicer's file of two layers: liver 1 and spleen 2, and a tumour in the liver that is 1 too."""
+    import SimpleITK
+
+    liver, spleen, tumour = (box((at, 2, 2), (at + size,) * 3) for at, size in ((2, 6), (9, 5), (4, 3)))
+    layers = np.stack([liver + 2 * spleen * (1 - liver), tumour], axis=-1)
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(layers.transpose(2, 1, 0, 3)), isVector=True)
+    for n, (name, value, layer) in enumerate([("liver", 1, 0), ("spleen", 2, 0), ("tumour", 1, 1)]):
+        for key, text in (("Name", name), ("LabelValue", value), ("Layer", layer)):
+            image.SetMetaData(f"Segment{n}_{key}", str(text))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(path))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +90,92 @@ def test_labels_by_pattern_and_absent_ones(tmp_path):
 
 def test_names_do_not_depend_on_what_is_picked():
     names = {1: "rib", 2: "rib", 3: "lung"}
-    assert names_of_labels([1, 2, 3, 4], names, None) == {1: "rib_1", 2: "rib_2", 3: "lung", 4: "4"}
-    assert names_of_labels([1, 2, 3, 4], names, ["1", "LUNG"]) == {1: "rib_1", 3: "lung"}
-    assert names_of_labels([1, 2, 3, 4], names, ["rib"]) == {1: "rib_1", 2: "rib_2"}
+    labels, numbers = names_of_labels([1, 2, 3, 4], names), {n: n for n in (1, 2, 3, 4)}
+    assert labels == {1: "rib_1", 2: "rib_2", 3: "lung", 4: "4"}
+    picks = picks_of_labels(labels, names, ["1", "LUNG"], numbers)
+    assert picks == {1: {"1"}, 2: set(), 3: {"LUNG"}, 4: set()}
+    assert picks_of_labels(labels, names, ["rib"], numbers) == {1: {"rib"}, 2: {"rib"}, 3: set(), 4: set()}
+    assert picks_of_labels(labels, names, ["1", "4"], {}) == {1: set(), 2: set(), 3: set(), 4: {"4"}}
     assert matches(["a*", "B"], {"abc", "b"}) == {"a*", "B"} and matches([], {"a"}) == set()
+    odd = ["Tumour [GTV]", "tumour [g-z]*", "[x"]
+    assert matches(odd, {"tumour [gtv]", "tumour gtv"}) == set(odd[:2]) and matches(odd, {"[X"}) == {"[x"}
+
+
+def test_every_label_has_a_name_of_its_own(tmp_path):
+    names = {1: "lesion", 2: "lesion", 3: "lesion_1", 4: "4_5", 5: "4", 6: "4"}
+    labels = names_of_labels([1, 2, 3, 4, 5, 6], names)
+    assert labels == {1: "lesion_1_1", 2: "lesion_2", 3: "lesion_1_3", 4: "4_5_4", 5: "4_5_5", 6: "4_6"}
+    root, out = tmp_path / "in", tmp_path / "out"
+    save(root / "p" / "seg.nii.gz", sum(value * box((4 * value - 3,) * 3, (4 * value,) * 3) for value in (1, 2, 3)))
+    (root / "p" / "seg.csv").write_text("1,lesion\n2,lesion\n3,lesion_1\n")
+    prepare_dataset(root, out, **OPTIONS)
+    assert labels_in(out) == ["lesion_1_1", "lesion_1_3", "lesion_2"]
+
+
+SHARED = "values [1] are of several segments each, in layers that overlap: no label table names those"
+
+
+@pytest.mark.parametrize("place", ["given.txt", "in/dataset.json", "in/p/a.csv", None])
+def test_segments_of_overlapping_layers_that_share_a_value_keep_their_names(tmp_path, place):
+    root, out = tmp_path / "in", tmp_path / "out"
+    write_segments(root / "p" / "a.seg.nrrd")
+    if place:
+        names = {"liver": 1, "milt": 2, "aorta": 3}
+        lines = "".join(f"{value},{name}\n" for name, value in names.items())
+        (tmp_path / place).write_text(json.dumps({"labels": names}) if place.endswith("json") else lines)
+    given = tmp_path / place if place == "given.txt" else None
+    summary = prepare_dataset(root, out, **OPTIONS, label_names=given)
+    assert summary.warnings == ([f"1 source(s): {SHARED}"] if place else [])
+    prepared = [load_sparse_sdf(path) for path in (out / "sparse_sdf").iterdir()]
+    spleen = ("milt" if place else "spleen", 2)
+    assert {(shape.label, shape.label_value) for shape in prepared} == {("liver", None), ("tumour", None), spleen}
+    labels = inspect_file(root / "p" / "a.seg.nrrd")["labels"]
+    beside = "milt" if place and not given else "spleen"
+    facts = {(entry["name"], entry["label"], entry["layer"]) for entry in labels}
+    assert facts == {("liver", 1, 0), (beside, 2, 0), ("tumour", 1, 1)}
+    for wanted, expected in ((["1"], ["liver", "tumour"]), (["3"], []), (["aorta"], [])):
+        prepare_dataset(root, out, **OPTIONS, label_names=given, labels=wanted)
+        assert labels_in(out) == expected
+
+
+def test_regions_do_not_guess_which_segment_a_shared_value_means(tmp_path):
+    root, out = tmp_path / "in", tmp_path / "out"
+    write_segments(root / "p" / "a.seg.nrrd")
+    (root / "dataset.json").write_text(json.dumps({"labels": {"both": [2, 3], "one": 2}}))
+    summary = prepare_dataset(root, out, **OPTIONS)
+    assert labels_in(out) == ["both", "one"], "the value 3, which the reader gave to a segment, is in no region"
+    assert "values [1] are in none of the regions" in summary.warnings[0]
+    volumes = {row["label"]: float(row["volume_ml"]) for row in rows_in(out)}
+    assert volumes["both"] == volumes["one"]
+    (root / "dataset.json").write_text(json.dumps({"labels": {"both": [1, 2]}}))
+    summary = prepare_dataset(root, out, **OPTIONS)
+    assert "regions of the label table join the values [1], and the file has several" in summary.failures[0]["reason"]
+
+
+def test_one_bad_mask_is_a_failure_of_its_own(tmp_path):
+    folder, out = tmp_path / "in" / "Doe_Jane" / "segmentations", tmp_path / "out"
+    save(folder / "liver.nii.gz", box((2, 2, 2), (9, 9, 9)))
+    save(folder / "spleen.nii.gz", box((6, 6, 6), (13, 12, 11)))
+    (folder / "Doe_Jane_aorta.nii.gz").write_bytes(b"nothing")
+    summary = prepare_dataset(tmp_path / "in", out, **OPTIONS)
+    (failure,) = summary.failures
+    assert failure["reason"] == "mask 1 of 3: <source>: not a readable .nii.gz volume: ImageFileError"
+    rows = {row["label"]: row for row in rows_in(out)}
+    assert rows.keys() == {"liver", "spleen", "aorta"} and failure["reason"] in rows["aorta"]["error"]
+    assert rows["aorta"]["sha256"] == failure["id"] and not rows["liver"]["error"] + rows["spleen"]["error"]
+    assert prepare_dataset(tmp_path / "in", out, **OPTIONS, labels=["liver"]).exit_code == 0
+    for name in ("liver", "spleen"):
+        (folder / f"{name}.nii.gz").write_bytes(b"nothing")
+    summary = prepare_dataset(tmp_path / "in", out, **OPTIONS)
+    assert summary.n_failed == 3 and {row["label"] for row in rows_in(out) if row["error"]} == rows.keys()
+
+
+def test_the_order_of_masks_picks_none(tmp_path):
+    root, out = tmp_path / "in", tmp_path / "out"
+    for name in ("7", "Tumour [GTV]", "liver"):
+        save(root / "p" / "segmentations" / f"{name}.nii.gz", box((2, 2, 2), (9, 9, 9 + len(name) % 4)))
+    summary = prepare_dataset(root, out, **OPTIONS, labels=["2", "7", "tumour [gtv]"])
+    assert labels_in(out) == ["7", "Tumour [GTV]"] and summary.warnings == ["no source holds the labels 2"]
 
 
 @pytest.mark.parametrize("folder", ["segmentations", "anything"])

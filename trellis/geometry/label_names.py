@@ -56,7 +56,7 @@ def read_label_names(path: str | Path) -> dict[int, str]:
         raise ValueError(f"{path}: {error}") from None
     names = {v: n for v, n in names.items() if v != 0 and n and n.lower() not in BACKGROUND_NAMES}
     if not names:
-        raise ValueError(f"{path}: no label name found: lines of 'value name' or a JSON map are needed")
+        raise ValueError(f"{path}: no label name found: lines of a value and a name, or a JSON map, are needed")
     return names
 
 

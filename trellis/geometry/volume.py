@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,11 @@ from trellis.geometry.label_surfaces import label_surfaces, threshold_surface
 from trellis.geometry.label_volumes import CHUNK_VOXELS, count_values
 from trellis.geometry.volume_raw import RawVolume, check_affine, check_spacing
 from trellis.geometry.volume_readers import is_volume_file, read_raw_volume, volume_suffix
-from trellis.utils.io_utils import atomic_write
+from trellis.utils.io_utils import UnreadableFile, atomic_write
 
 __all__ = [
-    "IntensityVolume", "LabelVolume", "as_labels", "is_volume_file", "label_surfaces", "labels_of", "parse_threshold",
-    "read_intensity", "read_label_layers", "read_volume", "threshold_surface", "write_label_volume",
+    "IntensityVolume", "LabelVolume", "UnreadMask", "as_labels", "is_volume_file", "label_surfaces", "labels_of",
+    "parse_threshold", "read_intensity", "read_label_layers", "read_volume", "threshold_surface", "write_label_volume",
 ]  # fmt: skip
 
 Spacing = tuple[float, float, float]
@@ -34,12 +36,15 @@ class LabelVolume:
         affine: [4, 4] float64, voxel index (centre of a voxel) to RAS mm; any invertible one, shear included.
         names: label value -> name, where the file carries names.
         notes: what a user should know about the file's header.
+        file_values: label value -> its number in the file, of values that several layers of the file use for different
+            segments: such a number alone does not say which segment is meant, and what names it is the file.
     """
 
     data: np.ndarray
     affine: np.ndarray
     names: dict[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    file_values: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.data.ndim != 3 or self.data.dtype.kind not in "iu":
@@ -115,17 +120,31 @@ def _one_volume(raw: RawVolume, path: str | Path, spacing_mm: Spacing | None) ->
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_label_layers(path: str | Path, *, spacing_mm: Spacing | None = None) -> list[LabelVolume]:
+@dataclass(frozen=True)
+class UnreadMask:
+    """A mask of a folder that cannot be read: its value and name there, and why; `error` says which of how many."""
+
+    value: int
+    name: str
+    error: ValueError
+
+
+def read_label_layers(
+    path: str | Path, *, spacing_mm: Spacing | None = None, unread: list[UnreadMask] | None = None
+) -> list[LabelVolume]:
     """Read labels that may overlap, as volumes in each of which they do not.
 
     Args:
         path: any volume file of `read_volume`; a .seg.nrrd with overlapping layers; a volume with a mask per channel
             (label = channel + 1); or a folder with one mask file per class, as TotalSegmentator writes it (named after
             the files, labels 1, 2, ... in order of the names). A folder without mask files is read as a DICOM series.
+        unread: receives masks of a folder that cannot be read, and the others are read (there may be none left);
+            without it the first of them is an error.
 
     Returns:
         One volume where nothing overlaps, else as few as it takes to put every mask into the first that has room.
-        A label value means one thing in all of them; layers that use a value twice get new values.
+        A label value means one thing in all of them. One that several layers of segments use stays in the first and
+        gets a free number in the others; `LabelVolume.file_values` has the file's.
 
     Raises:
         ValueError: as `read_volume`; masks on different grids; a layer that cannot be told from a time series
@@ -134,7 +153,7 @@ def read_label_layers(path: str | Path, *, spacing_mm: Spacing | None = None) ->
     path = Path(path)
     files = sorted(p for p in path.iterdir() if p.is_file() and is_volume_file(p)) if path.is_dir() else []
     if files:
-        return _masks_of_folder(path, files, spacing_mm)
+        return _masks_of_folder(path, files, spacing_mm, unread)
     raw = read_raw_volume(path)
     if raw.data.ndim == 3:
         return [_one_volume(raw, path, spacing_mm)]
@@ -142,7 +161,7 @@ def read_label_layers(path: str | Path, *, spacing_mm: Spacing | None = None) ->
         affine = _affine(raw, spacing_mm)
         if raw.names:
             layers = [LabelVolume(as_labels(raw.data[..., i]), affine, n, raw.notes) for i, n in enumerate(raw.names)]
-            return _distinct_values([layer for layer in layers if layer.data.any()], path)
+            return _distinct_values(layers)
         for channel in range(raw.data.shape[3]):
             values = np.unique(as_labels(raw.data[..., channel]))
             if len(values) > 2 or (len(values) == 2 and values[0] != 0):
@@ -150,46 +169,75 @@ def read_label_layers(path: str | Path, *, spacing_mm: Spacing | None = None) ->
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     masks = ((channel + 1, raw.data[..., channel] != 0) for channel in range(raw.data.shape[3]))
-    return _named_layers(_stack_masks(masks, path), affine, {}, raw.notes)
+    stacked = _stack_masks(masks)
+    if not stacked:
+        raise ValueError(f"{path}: no labels: every voxel is 0")
+    return _named_layers(stacked, affine, {}, raw.notes)
 
 
-def _distinct_values(layers: list[LabelVolume], path: Path) -> list[LabelVolume]:
-    if not layers:
+def _distinct_values(layers: list[LabelVolume]) -> list[LabelVolume]:
+    """Layers that are not empty, in which a value means one segment, see `read_label_layers`."""
+    present = [labels_of(layer) for layer in layers]
+    if not any(present):
         raise ValueError("no labels: every voxel is 0")
-    used = [value for layer in layers for value in labels_of(layer)]
-    if len(set(used)) == len(used):
-        return layers
-    result, following = [], 1
-    for layer in layers:
-        values = labels_of(layer)
-        new = range(following, following + len(values))
-        table = np.zeros(max(values) + 1, dtype=np.int32)
-        table[values] = new
-        names = {after: layer.names.get(before, f"{before}") for before, after in zip(values, new)}
-        result.append(LabelVolume(as_labels(table[layer.data]), layer.affine, names, layer.notes))
-        following += len(values)
+    users = Counter(value for values in present for value in values)
+    free = (value for value in count(1) if value not in users)
+    taken: set[int] = set()
+    result = []
+    for layer, values in zip(layers, present):
+        shared = {value: next(free) if value in taken else value for value in values if users[value] > 1}
+        taken |= shared.keys()
+        names = {value: layer.names[value] for value in values if value in layer.names and value not in shared}
+        names |= {after: layer.names.get(before, f"{before}") for before, after in shared.items()}
+        data = _with_values(layer.data, values, [shared.get(value, value) for value in values])
+        if values:
+            file_values = {after: before for before, after in shared.items()}
+            result.append(LabelVolume(data, layer.affine, names, layer.notes, file_values))
     return result
 
 
-def _masks_of_folder(path: Path, files: list[Path], spacing_mm: Spacing | None) -> list[LabelVolume]:
+def _with_values(data: np.ndarray, before: list[int], after: list[int]) -> np.ndarray:
+    """Labels [X, Y, Z] with other values; `before` are all that occur, ascending."""
+    if before == after:
+        return data
+    old, new = np.array([0, *before]), np.array([0, *after], dtype=np.int32)
+    result = np.empty(data.shape, dtype=np.int32)
+    for x in range(len(data)):  # a slice at a time: the positions are int64
+        result[x] = new[np.searchsorted(old, data[x])]
+    return as_labels(result)
+
+
+def _masks_of_folder(
+    path: Path, files: list[Path], spacing_mm: Spacing | None, unread: list[UnreadMask] | None
+) -> list[LabelVolume]:
     """One mask at a time is held beside the layers."""
     affine: np.ndarray | None = None
     shape: tuple[int, ...] = ()
+    names = {value: file.name[: -len(volume_suffix(file))] for value, file in enumerate(files, start=1)}
+    first = 0
 
     def masks() -> Iterator[tuple[int, np.ndarray]]:
-        nonlocal affine, shape
+        nonlocal affine, shape, first
         for value, file in enumerate(files, start=1):
-            mask, own = _read_mask(file, spacing_mm)
+            try:
+                mask, own = _read_mask(file, spacing_mm)
+            except ValueError as error:
+                named = _with_prefix(error, f"mask {value} of {len(files)}: ")
+                if unread is None:
+                    raise named from None
+                unread.append(UnreadMask(value, names[value], named))
+                continue
             if affine is None:
-                affine, shape = own, mask.shape
+                affine, shape, first = own, mask.shape, value
             elif mask.shape != shape or not np.allclose(own, affine, atol=1e-3):
-                raise ValueError(f"{file}: lies on another grid than {files[0].name}")
+                other = f"{files[first - 1].name}, mask {first}"
+                raise ValueError(f"mask {value} of {len(files)}, {file}: lies on another grid than {other}")
             yield value, mask
 
-    names = {value: file.name[: -len(volume_suffix(file))] for value, file in enumerate(files, start=1)}
-    layers = _stack_masks(masks(), path)
-    assert affine is not None
-    return _named_layers(layers, affine, names, ())
+    layers = _stack_masks(masks())
+    if not layers and not unread:
+        raise ValueError(f"{path}: no labels: every voxel is 0")
+    return [] if affine is None else _named_layers(layers, affine, names, ())
 
 
 def _read_mask(file: Path, spacing_mm: Spacing | None) -> tuple[np.ndarray, np.ndarray]:
@@ -205,7 +253,14 @@ def _read_mask(file: Path, spacing_mm: Spacing | None) -> tuple[np.ndarray, np.n
     return mask.data != 0, mask.affine
 
 
-def _stack_masks(masks: Iterable[tuple[int, np.ndarray]], path: Path) -> list[np.ndarray]:
+def _with_prefix(error: ValueError, prefix: str) -> ValueError:
+    """The same error, its message and what of it may be written behind `prefix`."""
+    if isinstance(error, UnreadableFile):
+        return UnreadableFile(f"{prefix}{error}", f"{prefix}{error.public}")
+    return ValueError(f"{prefix}{error}")
+
+
+def _stack_masks(masks: Iterable[tuple[int, np.ndarray]]) -> list[np.ndarray]:
     """Layers uint16 [X, Y, Z], each mask in the first that has room for it; empty masks are left out."""
     layers: list[np.ndarray] = []
     for value, mask in masks:
@@ -216,8 +271,6 @@ def _stack_masks(masks: Iterable[tuple[int, np.ndarray]], path: Path) -> list[np
             room = np.zeros(mask.shape, dtype=np.uint16)
             layers.append(room)
         room[mask] = value
-    if not layers:
-        raise ValueError(f"{path}: no labels: every voxel is 0")
     return layers
 
 

@@ -195,20 +195,22 @@ def _labels(path: Path, layers: Sequence[LabelVolume]) -> Facts:
     from trellis.preparation.surfaces import names_of_labels
 
     masks = _has_masks(path)
-    table = None if masks else find_table(path, path.parent)
+    problems: list[str] = []
+    table = None if masks else find_table(path, path.parent, problems)
     own = any(layer.names for layer in layers)
     try:
         layers, known = named_layers(layers, read_table(table) if table else {}, masks=masks)
     except ValueError as error:
         return {"refused": str(error)}
     numbers = {number: layer for layer in layers for number in labels_of(layer)}
-    names = names_of_labels(list(numbers), known, None)
+    names = names_of_labels(list(numbers), known)
     boxes = {number: box for layer in layers for number, box in label_boxes(layer.data, labels_of(layer)).items()}
     labels = []
     for number in sorted(numbers):
         layer, box = numbers[number], boxes[number]
         voxels = int(np.count_nonzero(layer.data[box] == number))
-        entry: Facts = {"label": number, "name": names[number], "voxels": voxels}
+        value = layer.file_values.get(number, number)
+        entry: Facts = {"label": value, "name": names[number], "voxels": voxels}
         entry["ml"] = voxels * layer.voxel_volume_mm3 / 1000
         if any(part.start == 0 or part.stop == size for part, size in zip(box, layer.data.shape)):
             entry["at_border"] = "closed there"
@@ -216,7 +218,8 @@ def _labels(path: Path, layers: Sequence[LabelVolume]) -> Facts:
             entry["layer"] = next(i for i, other in enumerate(layers) if other is layer)
         labels.append(entry)
     source = f"{table.name} beside it" if table else "the files' names" if masks else "the file"
-    return {"names_from": source if table or own else "none: labels are called by their numbers", "labels": labels}
+    named = source if table or own else "none: labels are called by their numbers"
+    return {"names_from": named, **({"tables_not_used": problems} if problems else {}), "labels": labels}
 
 
 def _prepared(path: Path) -> Facts:

@@ -267,7 +267,7 @@ def _volume(
         for problem in problems:
             logger.warning("%s: %s", path, problem)
     shapes = shapes_of_volume(path, options.settings(), names)
-    if not shapes.labels:
+    if not shapes.labels and not shapes.unread:
         wanted, present = list(options.labels or ()), list(shapes.present[:20])
         raise ValueError(f"{path}: holds none of the labels {wanted}; it has {present}")
     content = content_hash(files)
@@ -291,3 +291,5 @@ def _volume(
             f"{path}, label {label}", shape_id(content, label), label, resolution, partial(load, label),
             options.settings().prep_hash,
         )  # fmt: skip
+    if shapes.unread:  # the shapes of the other masks are done by now
+        raise ValueError(f"{path}: {'; '.join(str(error) for error in shapes.unread.values())}")

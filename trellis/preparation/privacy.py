@@ -61,11 +61,14 @@ def pseudonym(key: bytes, kind: str, text: str, digits: int = 16) -> str:
 def label_without_patient(label: str, patient: str) -> str:
     """A mesh's label without its patient's name: "doe_jane_liver" of patient "doe_jane" is "liver".
 
-    Patient names of one or two characters are left in (they are numbers or codes). What is left empty becomes "shape".
+    Of a patient that is a path ("ward/doe") each folder's name is cut out. Names of one or two characters are left in
+    (they are numbers or codes). What is left empty becomes "shape".
     """
-    if len(patient) < 3 or patient.lower() not in label.lower():
+    names = sorted({patient, *patient.split("/")}, key=len, reverse=True)
+    names = [name for name in names if len(name) >= 3 and name.lower() in label.lower()]
+    if not names:
         return label
-    rest = re.sub(re.escape(patient), " ", label, flags=re.IGNORECASE)
+    rest = re.sub("|".join(map(re.escape, names)), " ", label, flags=re.IGNORECASE)
     return re.sub(r"[\s._-]*\s[\s._-]*", "_", rest).strip("_") or "shape"
 
 

@@ -34,7 +34,8 @@ class Surfaces:
         picked: entries of the settings' labels that matched something here.
         failures: label -> error of labels that could not be made into a surface.
         masks: label -> what cuts the label out of its volume; none for meshes and thresholds.
-        values: label -> its number in the volume; none for meshes, thresholds and masks in a folder.
+        values: label -> its number in the volume; none for meshes, thresholds, masks in a folder and segments whose
+            number other segments of the volume have, too.
     """
 
     by_label: dict[str, MeshArrays] = field(default_factory=dict)
@@ -46,20 +47,41 @@ class Surfaces:
 
 
 def matches(wanted: Collection[str], names: Collection[str]) -> set[str]:
-    """The entries of `wanted` (numbers, names in any case, patterns such as "vertebra_*") that fit one of `names`."""
+    """The entries of `wanted` (numbers, names in any case, patterns such as "vertebra_*") that fit one of `names`.
+
+    An entry that is a name fits it even if it reads as a pattern, as "tumour [GTV]" does.
+    """
     lower = [name.lower() for name in names]
-    return {want for want in wanted if any(fnmatch.fnmatchcase(name, want.lower()) for name in lower)}
+    return {w for w in wanted if any(name == w.lower() or fnmatch.fnmatchcase(name, w.lower()) for name in lower)}
 
 
-def names_of_labels(numbers: Sequence[int], names: Mapping[int, str], wanted: Collection[str] | None) -> dict[int, str]:
-    """Label number to the name of its shape, of those wanted; a name that occurs twice gets its number behind it, a
-    label without a name is called by its number."""
-    plain = {number: names.get(number) or str(number) for number in numbers}
-    counts = Counter(plain.values())  # over all labels: what a shape is called must not depend on the choice
-    labels = {number: f"{name}_{number}" if counts[name] > 1 else name for number, name in plain.items()}
-    if wanted is None:
-        return labels
-    return {n: label for n, label in labels.items() if matches(wanted, {label, plain[n], str(n)})}
+def names_of_labels(numbers: Sequence[int], names: Mapping[int, str]) -> dict[int, str]:
+    """Label number to the name of its shape, each another; a name that occurs twice gets its number behind it, a label
+    without a name is called by its number.
+
+    The numbers are all that occur: what a shape is called must not depend on which are wanted.
+    """
+    labels = {number: names.get(number) or str(number) for number in numbers}
+    counts = Counter(labels.values())
+    while len(counts) < len(labels):  # again where a name with its number is another label's name
+        labels = {number: f"{name}_{number}" if counts[name] > 1 else name for number, name in labels.items()}
+        counts = Counter(labels.values())
+    return labels
+
+
+def picks_of_labels(
+    labels: Mapping[int, str], names: Mapping[int, str], wanted: Collection[str], numbers: Mapping[int, int]
+) -> dict[int, set[str]]:
+    """Label number -> entries of `wanted` that fit the label.
+
+    Args:
+        labels, names: what its shape is called, and what it is called itself. numbers: the number in the file that it
+            can be picked by, of those that can.
+    """
+    return {
+        n: matches(wanted, {label, names.get(n, label), *([str(numbers[n])] if n in numbers else [])})
+        for n, label in labels.items()
+    }
 
 
 def surfaces_of_mesh(path: Path, label: str, settings: PrepareSettings) -> Surfaces:
@@ -83,13 +105,15 @@ class VolumeShapes:
     Attributes:
         labels: of the shapes that are wanted. present: names of all labels, for messages.
         picked: entries of the settings' labels that matched something here.
-        surfaces: makes the surfaces, all at once.
+        surfaces: makes the surfaces, all at once; the errors of `unread` are among its failures.
+        unread: label -> error of masks in a folder that are wanted and cannot be read.
     """
 
     labels: tuple[str, ...]
     present: tuple[str, ...]
     picked: frozenset[str]
     surfaces: Callable[[], Surfaces]
+    unread: Mapping[str, ValueError] = field(default_factory=dict)
 
 
 def surfaces_of_volume(
@@ -107,47 +131,55 @@ def shapes_of_volume(
     Args:
         path: a file, a folder of masks or a folder of one DICOM series.
         names: label value -> name, or regions; names that the file carries itself fill what is missing here. Masks in a
-            folder are called as their files are: their values only count the files.
+            folder are called as their files are: their values only count the files, and pick none.
         patient: a name that is cut out of those of masks.
 
     Raises:
         ValueError: see `trellis.geometry.volume.read_label_layers` and `read_intensity`; an image instead of labels.
+            A mask of a folder that cannot be read does not stop the others.
     """
-    from trellis.geometry.volume import labels_of, read_label_layers
+    from trellis.geometry.volume import UnreadMask, labels_of, read_label_layers
 
     if settings.threshold is not None:
         label = (settings.threshold_label,)
         return VolumeShapes(
             label, label, frozenset(settings.labels or ()), partial(_threshold_surfaces, path, settings)
         )
-    layers = read_label_layers(path, spacing_mm=settings.spacing_mm)
-    masks = path.is_dir() and any(layer.names for layer in layers)
+    broken: list[UnreadMask] = []
+    layers = read_label_layers(path, spacing_mm=settings.spacing_mm, unread=broken)
+    masks = bool(broken) or (path.is_dir() and any(layer.names for layer in layers))
     try:
         layers, known = named_layers(layers, names, masks=masks)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    known = {**known, **{mask.value: mask.name for mask in broken}}
     if masks and patient is not None:
         known = {number: label_without_patient(name, patient) for number, name in known.items()}
-    numbers = [number for layer in layers for number in labels_of(layer)]
-    labels = names_of_labels(numbers, known, settings.labels)
-    picked: set[str] = set()
-    for number, label in labels.items():
-        picked |= matches(settings.labels or (), {label, known.get(number, ""), str(number)})
-    present = tuple(names_of_labels(numbers, known, None).values())
-    make = partial(_label_surfaces, layers, labels, frozenset(picked), settings.min_component_ml, not masks)
-    return VolumeShapes(tuple(labels.values()), present, frozenset(picked), make)
+    numbers = [number for layer in layers for number in labels_of(layer)] + [mask.value for mask in broken]
+    shared = {number: value for layer in layers for number, value in layer.file_values.items()}
+    present = names_of_labels(numbers, known)
+    labels, picked = present, set[str]()
+    if settings.labels is not None:
+        of_file = {} if masks else {number: shared.get(number, number) for number in numbers}
+        picks = picks_of_labels(present, known, settings.labels, of_file)
+        labels, picked = {n: label for n, label in present.items() if picks[n]}, set().union(*picks.values())
+    unread = {labels[mask.value]: mask.error for mask in broken if mask.value in labels}
+    labels = {number: label for number, label in labels.items() if label not in unread}
+    values = {} if masks else {label: number for number, label in labels.items() if number not in shared}
+    start = Surfaces(picked=picked, failures=dict(unread), values=values)
+    make = partial(_label_surfaces, layers, labels, start, settings.min_component_ml)
+    return VolumeShapes(tuple(labels.values()), tuple(present.values()), frozenset(picked), make, unread)
 
 
 def _label_surfaces(
-    layers: Sequence[LabelVolume], labels: Mapping[int, str], picked: frozenset[str], min_component_ml: float,
-    numbered: bool,
-) -> Surfaces:  # fmt: skip
+    layers: Sequence[LabelVolume], labels: Mapping[int, str], known: Surfaces, min_component_ml: float
+) -> Surfaces:
+    """What is `known` of a volume's shapes, with the surfaces and masks of its `labels`."""
     from trellis.geometry.source_grid import cut_out, label_boxes
     from trellis.geometry.volume import label_surfaces, labels_of
 
-    result = Surfaces(picked=set(picked), notes=sorted({note for layer in layers for note in layer.notes}))
-    if numbered:
-        result.values = {label: number for number, label in labels.items()}
+    notes = sorted({note for layer in layers for note in layer.notes})
+    result = Surfaces(notes=notes, picked=set(known.picked), failures=dict(known.failures), values=dict(known.values))
     for layer in layers:
         here = [number for number in labels_of(layer) if number in labels]
         if min_component_ml:

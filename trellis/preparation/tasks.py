@@ -141,7 +141,8 @@ def _surfaces(task: SourceTask) -> Surfaces:
         from trellis.utils.mesh_utils import mesh_stem
 
         label = mesh_stem(task.path)
-        if not task.keep_patient_ids and "/" in task.relative:
+        own_patient = "/" not in task.relative and task.patient == label  # the search warns of those
+        if not task.keep_patient_ids and not own_patient:
             label = label_without_patient(label, task.patient)
         return surfaces_of_mesh(task.path, label, task.settings)
     names = task.names if task.names is not None else read_table(task.table) if task.table is not None else {}
