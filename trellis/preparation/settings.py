@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from trellis.preparation.frames import parse_frame
 from trellis.utils.blocks import BAND_VOXELS, check_resolution
 
-PREP_VERSION = 5
+PREP_VERSION = 6
 """Raised whenever the same settings give other files, so that old ones are made anew."""
 
 MESH_SPACES = ("LPS", "RAS")
