@@ -66,8 +66,8 @@ class SDFTask:
 def failure(identity: str, stage: str, error: BaseException | str, *, names: list[str] | None = None) -> dict[str, Any]:
     """A failure as data: id, stage, reason without names of files, and whether trying again is pointless.
 
-    A ValueError is about the input, and stays until input or settings change. Anything else (a full disk, no memory, a
-    lost worker) is tried again by the next run.
+    A ValueError is about the input, and stays until input or settings change, unless it says that the machine was at
+    fault. That and anything else (a full disk, no memory, a lost worker) is tried again by the next run.
     """
     if isinstance(error, ValueError):
         reason = getattr(error, "public", str(error)) if names else str(error)
@@ -76,7 +76,8 @@ def failure(identity: str, stage: str, error: BaseException | str, *, names: lis
     else:
         reason = error
     reason = " ".join((hide_quoted(scrub(reason, names)) if names else reason).split())
-    return {"id": identity, "stage": stage, "reason": reason[:2000], "permanent": isinstance(error, ValueError)}
+    permanent = isinstance(error, ValueError) and not getattr(error, "transient", False)
+    return {"id": identity, "stage": stage, "reason": reason[:2000], "permanent": permanent}
 
 
 def read_source(task: SourceTask) -> dict[str, Any]:
