@@ -73,10 +73,19 @@ def named_data_file(path: Path) -> Path | None:
     return None if target == path else target
 
 
+def check_itk_path(path: Path) -> None:
+    """ValueError for a path that is not UTF-8: given to SimpleITK, it would end the process."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("its path has bytes that are not UTF-8, which SimpleITK cannot open: rename it") from None
+
+
 def _read_image(path: Path, held_bytes: int) -> Any:
     """The SimpleITK image, after its header was checked against what the file can hold."""
     import SimpleITK
 
+    check_itk_path(path)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()

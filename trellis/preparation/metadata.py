@@ -15,7 +15,7 @@ from typing import Any
 from trellis.preparation import records
 from trellis.preparation.locking import locked
 from trellis.preparation.split import DEFAULT_FRACTIONS, SPLITS, assign_splits, patient_order_key
-from trellis.utils.io_utils import atomic_write, write_json
+from trellis.utils.io_utils import atomic_write, printable, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -284,4 +284,4 @@ def _write_csv(path: Path, columns: list[str], rows: Sequence[dict[str, Any]]) -
     writer.writeheader()
     writer.writerows(rows)
     with atomic_write(path) as stream:
-        stream.write(text.getvalue().encode("utf-8"))
+        stream.write(printable(text.getvalue()).encode("utf-8"))

@@ -25,6 +25,7 @@ from trellis.preparation.settings import PrepareSettings
 from trellis.preparation.shares import groups_of_patients
 from trellis.preparation.split import DEFAULT_FRACTIONS
 from trellis.preparation.tasks import SDFTask, SourceTask, compute_sdf, failure, read_source
+from trellis.utils.io_utils import printable
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,7 @@ def prepare_dataset(
     with locked(out, exclusive=world_size == 1):
         key = load_or_create_key(key_file or out / KEY_NAME)
         if given is not None:
-            shown = {s.patient: s.patient if keep_patient_ids else pseudonym(key, "patient", s.patient)
-                     for s in found.sources}  # fmt: skip
+            shown = {s.patient: _patient_id(s.patient, key, keep_patient_ids) for s in found.sources}
             by_name, absent = splits_of_patients(found.sources, given, shown)
             given = {shown[name]: split for name, split in by_name.items()}
             warnings += absent
@@ -188,11 +188,16 @@ def prepare_dataset(
     )  # fmt: skip
 
 
+def _patient_id(patient: str, key: bytes, keep: bool) -> str:
+    """How tables and files call a patient."""
+    return printable(patient) if keep else pseudonym(key, "patient", patient)
+
+
 def _source_task(
     source: Source, key: bytes, data_root: Path, out: Path, settings: PrepareSettings, keep_ids: bool, keep_paths: bool,
     names: LabelNames | None, problems: list[str],
 ) -> SourceTask:  # fmt: skip
-    patient_id = source.patient if keep_ids else pseudonym(key, "patient", source.patient)
+    patient_id = _patient_id(source.patient, key, keep_ids)
     table = find_table(source.path, data_root, problems) if source.kind == VOLUME and names is None else None
     expected = {
         "prep_hash": settings.prep_hash,
@@ -310,7 +315,7 @@ def _manifest(
     failures = []
     for relative in found.unmatched[rank::world_size]:
         entry = failure(pseudonym(key, "source", relative, digits=32), "discover", reason)
-        failures.append({**entry, "source": relative} if keep_source_paths else entry)
+        failures.append({**entry, "source": printable(relative)} if keep_source_paths else entry)
     return {
         "rank": rank, "world_size": world_size, "prep_hash": settings.prep_hash, "frame": settings.frame,
         "resolutions": list(settings.resolutions), "keep_source_paths": keep_source_paths,

@@ -76,6 +76,11 @@ def unreadable(what: str, error: Exception, words: str) -> UnreadableFile:
     return UnreadableFile(f"{what}: {words}", public, is_transient(error))
 
 
+def printable(text: str) -> str:
+    """`text` with what UTF-8 cannot hold (the bytes of a file name in another encoding) written out: `\\udcfc`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Binary file that appears under `path` whole or not at all (written beside it, synced, then renamed)."""
