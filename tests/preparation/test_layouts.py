@@ -175,7 +175,7 @@ def test_a_patients_own_name_goes_before_the_names_of_files(tmp_path):
 def test_a_name_in_two_splits_is_not_repeated(tmp_path):
     table = tmp_path / "splits.json"
     table.write_text(json.dumps({"train": ["a", "DoeJane"], "val": ["b", "c", "DoeJane"]}))
-    with pytest.raises(ValueError, match="entry 3 of val is in train too") as caught:
+    with pytest.raises(ValueError, match="entry 3 of val is in two splits, train too") as caught:
         read_splits(table)
     assert "DoeJane" not in str(caught.value)
 

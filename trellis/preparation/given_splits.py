@@ -40,7 +40,7 @@ def read_splits(path: str | Path, fold: int = 0) -> dict[str, str]:
             raise ValueError(f"{path}: {split} must be a list of names")
         for number, name in enumerate(names, start=1):
             if result.setdefault(name, split) != split:  # the name itself may be a patient's
-                raise ValueError(f"{path}: entry {number} of {split} is in {result[name]} too")
+                raise ValueError(f"{path}: entry {number} of {split} is in two splits, {result[name]} too")
     return result
 
 
