@@ -16,6 +16,7 @@ from trellis.pipelines.inspect_file import inspect_file
 from trellis.pipelines.shape_inputs import InputOptions, sources_of
 from trellis.preparation import layouts
 from trellis.preparation.discover import find_sources
+from trellis.preparation.given_splits import read_splits, splits_of_patients
 from trellis.preparation.layouts import fits, is_chosen
 from trellis.preparation.prepare import prepare_dataset
 from trellis.preparation.report import describe_summary
@@ -116,6 +117,67 @@ def test_a_folder_of_nnunet_datasets_keeps_equal_case_names_apart(nnunet, tmp_pa
     assert {s.patient for s in find_sources(nnunet.parent, patient_regex=r"(case_\d)").sources} == {
         "case_0", "case_1", "case_2", "case_3", "case_8",
     }  # fmt: skip
+
+
+@pytest.fixture
+def two_datasets(nnunet):
+    """Datasets 7 (cases 0 to 3, and 8) and 8 (cases 0 and 5)."""
+    other = nnunet.parent / "Dataset008_Other"
+    for case in (0, 5):
+        write_labels(other / "labelsTr" / f"case_{case}.nii.gz", scale=3.0 + case)
+    (other / "dataset.json").write_text(json.dumps({"labels": {"a": 2, "b": 7}}))
+    return nnunet.parent
+
+
+def test_splits_of_one_dataset_are_not_those_of_equal_cases_of_another(two_datasets, tmp_path):
+    table = tmp_path / "splits.json"
+    options = {**OPTIONS, "splits_file": table}
+    hidden = {**options, "keep_patient_ids": False}
+    table.write_text(json.dumps([{"train": ["case_3", "case_0"], "val": ["case_1"]}]))
+    with pytest.raises(ValueError, match=r"entry 2 of train .* fits files of 2 patients .*DATASET/CASE") as caught:
+        prepare_dataset(two_datasets, tmp_path / "hidden", **hidden)
+    assert "case_0" not in str(caught.value) and "Dataset00" not in str(caught.value)
+    table.write_text(json.dumps([{"train": ["case_3", "Dataset007_Abdomen/case_0"], "val": ["case_5"]}]))
+    prepare_dataset(two_datasets, tmp_path / "out", **options)
+    splits = {row["patient_id"]: row["split"] for row in rows_of(tmp_path / "out")}
+    assert {patient: split for patient, split in splits.items() if split} == {
+        "Dataset007_Abdomen/case_0": "train", "Dataset007_Abdomen/case_3": "train", "Dataset008_Other/case_5": "val",
+    }  # fmt: skip
+    assert splits["Dataset008_Other/case_0"] == ""
+
+
+def test_dataset_and_case_are_enough_below_other_folders(two_datasets):
+    sources = find_sources(two_datasets.parent).sources
+    shown = {source.patient: "id" for source in sources}
+    above = two_datasets.name
+    found, warnings = splits_of_patients(sources, {"Dataset008_Other/case_0": "val", "case_3": "train"}, shown)
+    assert found == {f"{above}/Dataset008_Other/case_0": "val", f"{above}/Dataset007_Abdomen/case_3": "train"}
+    assert warnings == []
+
+
+def test_channels_of_an_image_are_the_case_of_the_splits(two_datasets):
+    sources = find_sources(two_datasets, images=True).sources
+    found, _ = splits_of_patients(sources, {"case_2": "val"}, {source.patient: "id" for source in sources})
+    assert found == {"Dataset007_Abdomen/case_2": "val"}
+
+
+def test_a_patients_own_name_goes_before_the_names_of_files(tmp_path):
+    for path in ("anna/liver.stl", "bert/anna.stl"):
+        write_stl(tmp_path / path, *ellipsoid())
+    sources = find_sources(tmp_path).sources
+    shown = {"anna": "id a", "bert": "id b"}
+    assert splits_of_patients(sources, {"anna": "test"}, shown)[0] == {"anna": "test"}
+    assert splits_of_patients(sources, {"liver": "test"}, shown)[0] == {"anna": "test"}
+    with pytest.raises(ValueError, match="patient id a is in two splits, test and val"):
+        splits_of_patients(sources, {"anna": "test", "liver": "val"}, shown)
+
+
+def test_a_name_in_two_splits_is_not_repeated(tmp_path):
+    table = tmp_path / "splits.json"
+    table.write_text(json.dumps({"train": ["a", "DoeJane"], "val": ["b", "c", "DoeJane"]}))
+    with pytest.raises(ValueError, match="entry 3 of val is in two splits, train too") as caught:
+        read_splits(table)
+    assert "DoeJane" not in str(caught.value)
 
 
 def test_with_a_threshold_an_nnunet_dataset_gives_its_images(nnunet):

@@ -292,7 +292,7 @@ def test_given_splits(tmp_path):
     with pytest.raises(ValueError, match="two splits, train and val|two splits, val and train"):
         prepare_dataset(root, out, **OPTIONS, splits_file=table, fold=1)
     for content, message in (
-        ([], "fold"), ({"a": []}, "lists named"), ({"train": ["a"], "val": ["a"]}, "a is in two splits"),
+        ([], "fold"), ({"a": []}, "lists named"), ({"train": ["a"], "val": ["a"]}, "entry 1 of val is in two splits"),
         ({"train": "a"}, "list of names"), ({"train": ["nobody"]}, "none of the patients"),
     ):  # fmt: skip
         table.write_text(json.dumps(content))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,69 @@ def test_ranks_that_saw_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"different search \(files below DATA_ROOT, and whose they are\)"):
         build_metadata(out)
     run_ranks(root, out, 2)
+    assert len(build_metadata(out).rows) == 4
+
+
+def edit(path: Path, *, radius: float) -> None:
+    """Another mesh under the same name, in a file of the same size and another time."""
+    facts = path.stat()
+    write_stl(path, *ellipsoid((radius, 7, 7)))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**9))
+
+
+def test_a_rank_that_did_not_see_the_files_as_they_are_is_refused(tmp_path):
+    """Files are edited under their names, and one rank is not run again."""
+    root, out = make_patients(tmp_path / "in", 4), tmp_path / "out"
+    run_ranks(root, out, 3)
+    first = {row["sha256"] for row in build_metadata(out).rows}
+    for patient in sorted(root.iterdir()):
+        edit(patient / "liver.stl", radius=20 + int(patient.name[-2:]))
+    run_ranks(root, out, 3, order=(0, 1))
+    with pytest.raises(ValueError, match=r"different state \(sizes and times of the files") as caught:
+        build_metadata(out)
+    assert "(ranks [0, 1])" in str(caught.value) and "(ranks [2])" in str(caught.value)
+    run_ranks(root, out, 3, order=(2,))
+    assert len({row["sha256"] for row in build_metadata(out).rows} - first) == 4
+
+
+def test_a_table_of_label_names_that_was_edited_in_between_is_refused(tmp_path):
+    root, out = make_patients(tmp_path / "in", 2), tmp_path / "out"
+    write_labels(root / "patient_00" / "seg.nii.gz")
+    table = root / "patient_00" / "seg.csv"
+    table.write_text("value,name\n2,a\n")
+    run_ranks(root, out, 2, order=(0,))
+    table.write_text("value,name\n2,liver\n")
+    run_ranks(root, out, 2, order=(1,))
+    with pytest.raises(ValueError, match="different state"):
+        build_metadata(out)
+
+
+def test_a_rank_that_finds_nothing_to_do_still_counts(tmp_path):
+    """So does one whose share is empty, and one that is run again alone."""
+    root, out = make_patients(tmp_path / "in", 2), tmp_path / "out"
+    run_ranks(root, out, 3)
+    rows = build_metadata(out).rows
+    assert run_ranks(root, out, 3, order=(1,)) == 0 and build_metadata(out).rows == rows
+    assert run_ranks(root, out, 3, order=(2,)) == 0 and build_metadata(out).rows == rows
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_rank_that_was_killed_does_not_count(tmp_path, monkeypatch, n):
+    """Although it had finished an earlier run; and one of another number of ranks that was begun ends the older run."""
+    root, out = make_patients(tmp_path / "in", 4), tmp_path / "out"
+    run_ranks(root, out, 3)
+    build_metadata(out)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(prepare_dataset.__globals__, "_run", killed)
+        run_ranks(root, out, n, order=(n - 1,))
+    reason = r"ranks \[2\] of 3 have not finished" if n == 3 else "no preparation has finished"
+    with pytest.raises(ValueError, match=reason):
+        build_metadata(out)
+    run_ranks(root, out, n, order=(n - 1,))
     assert len(build_metadata(out).rows) == 4
 
 

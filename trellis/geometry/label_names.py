@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from trellis.utils.io_utils import UnreadableFile, is_transient
+
 MAX_TABLE_BYTES, MAX_CARET_BYTES = 64 << 20, 4 << 20
 VALUE_COLUMNS = ("label", "value", "label_value", "labelvalue", "index", "id", "idx", "no", "no.", "key", "intensity")
 NAME_COLUMNS = ("name", "label_name", "labelname", "structure", "region", "roi", "description", "segment", "text")
@@ -37,7 +39,8 @@ def read_label_names(path: str | Path) -> dict[int, str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        message = f"{path}: cannot be read: {error.strerror}"
+        raise UnreadableFile(message, message, is_transient(error)) from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trellis.geometry.dicom_check import check_elements, is_dicom
-from trellis.geometry.volume_itk import TO_RAS, check_announced, image_voxels
+from trellis.geometry.volume_itk import TO_RAS, check_announced, check_itk_path, image_voxels
 from trellis.geometry.volume_raw import RawVolume, check_affine, check_size
 
 GRID_TOLERANCE_MM = 0.01
@@ -58,6 +58,7 @@ def _files_of_series(path: Path) -> tuple[str, ...]:
     slices = sorted(file for file in path.iterdir() if file.name.upper() != "DICOMDIR" and is_dicom(file))
     for number, file in enumerate(slices, start=1):
         try:
+            check_itk_path(file)
             check_elements(file)
         except ValueError as error:
             raise ValueError(f"file {number} of {len(slices)}: {error}") from None

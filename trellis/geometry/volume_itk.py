@@ -9,33 +9,44 @@ from typing import Any
 import numpy as np
 
 from trellis.geometry.volume_raw import RawVolume, check_affine, check_packing, check_size
+from trellis.utils.io_utils import open_regular
 
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES, HEADER_PIECE_BYTES = 1 << 20, 1 << 16
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From the LPS of ITK and DICOM."""
+_NRRD_END, _META_END = rb"^\s*$", rb"^[^\S\n]*ElementDataFile[^\S\n]*=.*$"
+"""The line that ends a text header."""
+_NRRD_FILE, _META_FILE = ("data file", "datafile"), ("elementdatafile",)
+"""Keys under which a header names the file with its voxels."""
 
 
 def _text_header(path: Path, end: bytes) -> dict[str, str]:
     """`key: value` and `key = value` lines before the line that matches `end` (it included); keys in lower case."""
-    with open(path, "rb") as stream:
-        head = stream.read(MAX_HEADER_BYTES)
-    found = re.search(end, head, flags=re.MULTILINE)
+    head, found, piece = b"", None, b"\n"
+    with open(path, "rb", opener=open_regular) as stream:
+        while piece and len(head) < MAX_HEADER_BYTES and (found is None or found.end() == len(head)):
+            piece = stream.read(HEADER_PIECE_BYTES)
+            head += piece
+            found = re.search(end, head, flags=re.MULTILINE)
     head = head[: found.end() if found else len(head)]
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError:
         text = head.decode("latin-1")
-    pairs = (re.match(r"\s*([^:=#]+?)\s*(?:[:=]=?)\s*(.*)", line) for line in text.splitlines())
-    return {m.group(1).lower(): m.group(2).strip() for m in pairs if m}
+    parts = ((line, re.search(r"[:=]=?", line)) for line in text.splitlines())
+    pairs = ((line[: sign.start()].strip(), line[sign.end() :].strip()) for line, sign in parts if sign)
+    return {key.lower(): value for key, value in pairs if key and "#" not in key}
 
 
-def _check_data_file(path: Path, name: str | None) -> int:
-    """Bytes of voxels that a header's data file can hold; it must lie beside the header.
+def _data_file(path: Path, header: dict[str, str], *keys: str) -> Path:
+    """The file with a header's voxels: the one that it names under one of `keys`, or its own.
 
-    None, LOCAL and LIST-like values (several files) count as the header's own size or as unknown (-1).
+    Raises:
+        ValueError: the header names several files, one that does not lie beside it, or one that is not there.
     """
-    if name is None or name.upper() == "LOCAL":
-        return path.stat().st_size
+    name = next((header[key] for key in keys if key in header), "LOCAL")
+    if name.upper() == "LOCAL":
+        return path
     if name.upper().startswith("LIST") or "%" in name:
         raise ValueError("voxels spread over a list of files are not read: save one file")
     other = Path(name)
@@ -44,7 +55,30 @@ def _check_data_file(path: Path, name: str | None) -> int:
     target = path.parent / other
     if not target.is_file():
         raise ValueError(f"its voxels should be in {name!r} beside it: no such file")
-    return target.stat().st_size
+    return target
+
+
+def named_data_file(path: Path) -> Path | None:
+    """The file beside a NRRD or MetaImage header that holds its voxels; None where the header holds them itself, or
+    names none that is read (reading it then says why).
+
+    Raises:
+        OSError: the header cannot be read.
+    """
+    end, keys = (_META_END, _META_FILE) if path.suffix.lower() in (".mhd", ".mha") else (_NRRD_END, _NRRD_FILE)
+    try:
+        target = _data_file(path, _text_header(path, end), *keys)
+    except ValueError:
+        return None
+    return None if target == path else target
+
+
+def check_itk_path(path: Path) -> None:
+    """ValueError for a path that is not UTF-8: given to SimpleITK, it would end the process."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("its path has bytes that are not UTF-8, which SimpleITK cannot open: rename it") from None
 
 
 def _read_image(path: Path, held_bytes: int, skipped_bytes: int | None) -> Any:
@@ -56,6 +90,7 @@ def _read_image(path: Path, held_bytes: int, skipped_bytes: int | None) -> Any:
     """
     import SimpleITK
 
+    check_itk_path(path)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -119,13 +154,11 @@ def _image_affine(image: Any) -> np.ndarray:
 
 def read_nrrd(path: Path) -> RawVolume:
     """NRRD, with Slicer's segment names and overlapping layers where its metadata has them."""
-    header = _text_header(path, rb"^\s*$")
+    header = _text_header(path, _NRRD_END)
     if not any(key.startswith("nrrd0") for key in header) and not path.open("rb").read(4) == b"NRRD":
         raise ValueError("an NRRD file starts with 'NRRD'")
-    held, skipped = path.stat().st_size, None
-    if any(key in header for key in ("data file", "datafile")):
-        held = _check_data_file(path, header.get("data file", header.get("datafile")))
-        skipped = _nrrd_skip(header)
+    file = _data_file(path, header, *_NRRD_FILE)
+    held, skipped = file.stat().st_size, _nrrd_skip(header) if file != path else None
     _refuse_negative_spacing(header, "spacings")
     image = _read_image(path, held, skipped)
     data, affine = image_voxels(image), TO_RAS @ _image_affine(image)
@@ -217,16 +250,16 @@ def _slicer_segments(meta: dict[str, str], data: np.ndarray) -> tuple[dict[int, 
 
 def read_metaimage(path: Path) -> RawVolume:
     """MetaImage, .mha or .mhd with its data file beside it."""
-    header = _text_header(path, rb"^\s*ElementDataFile\s*=.*$")
+    header = _text_header(path, _META_END)
     if "elementdatafile" not in header or "dimsize" not in header:
         raise ValueError("a MetaImage header has DimSize and ElementDataFile")
     _check_meta_header(header)
     _refuse_negative_spacing(header, "elementspacing", "elementsize")
-    held = _check_data_file(path, header["elementdatafile"])
+    file = _data_file(path, header, *_META_FILE)
     spaced = "elementspacing" in header or "elementsize" in header
     packed = header.get("compresseddata", "false").lower() == "true"
-    skipped = None if packed or header["elementdatafile"].upper() == "LOCAL" else int(header.get("headersize", "0"))
-    image = _read_image(path, held, skipped if skipped is None or skipped >= 0 else None)  # -1: voxels end the file
+    skipped = int(header.get("headersize", "0")) if file != path and not packed else -1
+    image = _read_image(path, file.stat().st_size, skipped if skipped >= 0 else None)  # -1: voxels end the file
     affine, notes = _in_mm(TO_RAS @ _image_affine(image), [header.get("distanceunits", "")])
     if spaced:
         return RawVolume(image_voxels(image), check_affine(affine), notes=notes)

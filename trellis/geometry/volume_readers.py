@@ -26,7 +26,7 @@ from trellis.geometry.volume_raw import (
     check_packing,
     frames_last,
 )
-from trellis.utils.io_utils import check_npy_header, unreadable
+from trellis.utils.io_utils import UnreadableFile, check_npy_header, is_transient, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -252,13 +252,16 @@ def read_raw_volume(path: str | Path) -> RawVolume:
         if path.is_file():
             path.open("rb").close()  # libraries take a file that may not be read for one of another format
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        message = f"{path}: cannot be read: {error.strerror}"
+        raise UnreadableFile(message, message, is_transient(error)) from None
     try:
         raw = reader(path)
     except MemoryError as error:
-        raise ValueError(f"{path}: needs more memory than there is: {error}") from None
+        message = f"{path}: needs more memory than there is: {error}"
+        raise UnreadableFile(message, message, transient=True) from None
     except UNREADABLE as error:
-        raise unreadable(f"{path}: truncated or damaged", error, str(error) or type(error).__name__) from error
+        what = "could not be read to its end" if is_transient(error) else "truncated or damaged"
+        raise unreadable(f"{path}: {what}", error, str(error) or type(error).__name__) from error
     except Exception as error:
         # the format libraries raise whatever they trip over; a bad file is always the user's to fix
         reason = _one_line(error)

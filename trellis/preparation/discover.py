@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 MESH, VOLUME = "mesh", "volume"
 
-DETACHED_HEADERS = (".mhd", ".nhdr")
+NAMING_VOLUMES = (".mhd", ".mha", ".nhdr", ".nrrd")
+"""Volumes whose header may name another file that holds the voxels."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Source:
         path: where it is; relative: below DATA_ROOT, with forward slashes.
         kind: "mesh" or "volume".
         patient: the patient's name as the folders have it; never written anywhere unless asked for.
-        files: what its content is in: the file, its data file where a header stands alone, or a folder's files.
+        files: what its content is in: the file and those that it names for its numbers, or a folder's files and theirs.
     """
 
     path: Path
@@ -187,16 +188,18 @@ def sources_of_folder(folder: Path, files: list[Path], *, masks: bool) -> Folder
     rest = [path for path in files if not is_volume_file(path)]
     found: list[tuple[Path, str, list[Path]]] = []
     if masks and volumes:
-        found.append((folder, VOLUME, volumes))
+        content = dict.fromkeys(part for path in volumes for part in files_of_volume(path))
+        found.append((folder, VOLUME, list(content)))
     else:
-        found += [(path, VOLUME, [path, *_data_files(path, rest)]) for path in volumes]
-    data = {path for _, _, parts in found for path in parts}
+        found += [(path, VOLUME, list(files_of_volume(path))) for path in volumes]
+    meshes = {path: files_of_mesh(path) for path in rest if is_mesh_file(path)}
+    data = {part for _, _, parts in found for part in parts}.union(*(parts[1:] for parts in meshes.values()))
     slices, others = [], 0
     for path in rest:
         if path in data:
             continue
-        if is_mesh_file(path):
-            found.append((path, MESH, [path]))
+        if path in meshes:
+            found.append((path, MESH, list(meshes[path])))
         elif is_dicom_slice(path):
             slices.append(path)
         else:
@@ -206,21 +209,29 @@ def sources_of_folder(folder: Path, files: list[Path], *, masks: bool) -> Folder
     return FolderContent(found, len(slices) if volumes else 0, others)
 
 
-def _data_files(header: Path, files: list[Path]) -> list[Path]:
-    """Files with the voxels of a header that stands alone (.mhd, .nhdr): those of its stem."""
-    if header.suffix.lower() not in DETACHED_HEADERS:
-        return []
-    return [path for path in files if path.name.split(".")[0] == header.stem.split(".")[0]]
-
-
 def files_of_volume(path: Path) -> tuple[Path, ...]:
-    """A volume's file and, where it is only a header, the files beside it that hold its voxels."""
-    from trellis.geometry.volume import is_volume_file
+    """A volume's file and, where its header names another one for the voxels, that one; reading says what is wrong."""
+    from trellis.geometry.volume_itk import named_data_file
 
-    if path.suffix.lower() not in DETACHED_HEADERS:
+    if path.suffix.lower() not in NAMING_VOLUMES:
         return (path,)
-    others = sorted(p for p in path.parent.iterdir() if p.is_file() and not p.name.startswith("."))
-    return (path, *_data_files(path, [p for p in others if not is_volume_file(p)]))
+    try:
+        named = named_data_file(path)
+    except OSError:
+        named = None
+    return (path,) if named is None else (path, named)
+
+
+def files_of_mesh(path: Path) -> tuple[Path, ...]:
+    """A mesh's file and, of a .gltf, the files that it names for its numbers; reading says what is wrong."""
+    from trellis.utils.mesh_readers import named_gltf_files
+
+    if path.suffix.lower() != ".gltf":
+        return (path,)
+    try:
+        return (path, *named_gltf_files(path))
+    except OSError:
+        return (path,)
 
 
 def is_dicom_slice(path: Path) -> bool:

@@ -38,42 +38,59 @@ def read_splits(path: str | Path, fold: int = 0) -> dict[str, str]:
         names = value.get(split, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path}: {split} must be a list of names")
-        for name in names:
-            if result.setdefault(name, split) != split:
-                raise ValueError(f"{path}: {name} is in two splits, {result[name]} and {split}")
+        for number, name in enumerate(names, start=1):
+            if result.setdefault(name, split) != split:  # the name itself may be a patient's
+                raise ValueError(f"{path}: entry {number} of {split} is in two splits, {result[name]} too")
     return result
 
 
 def splits_of_patients(
     sources: Iterable[Source], given: Mapping[str, str], shown: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """The split of each patient whose name, or one of whose files' names, is in the table, and warnings.
+    """The split of each patient who is named in the table, see `patients_of_names`, and warnings.
 
     Args:
         sources: everything that was found. given: as `read_splits` returns it.
         shown: patient to the id that messages may use.
 
     Raises:
-        ValueError: the files of a patient are in two splits, or the table names none of the patients.
+        ValueError: a patient is in two splits, a name may be that of several patients, or the table names none.
     """
+    meant = patients_of_names(sources, given)
     result: dict[str, str] = {}
-    met = set()
-    for source in sources:
-        for name in (source.patient, stem(source.path)):
-            split = given.get(name)
-            if split is None:
-                continue
-            met.add(name)
-            if result.setdefault(source.patient, split) != split:
-                raise ValueError(
-                    f"patient {shown[source.patient]} is in two splits, {result[source.patient]} and {split}"
-                )
+    for name, patients in meant.items():
+        if len(patients) > 1:
+            ids = ", ".join(sorted(shown[patient] for patient in patients)[:5])
+            raise ValueError(
+                f"{_place(name, given)} of the splits fits files of {len(patients)} patients ({ids}): write "
+                "DATASET/CASE for a case of one of several nnU-Net datasets, else the name of the patient's folder"
+            )
+        for patient in patients:
+            if result.setdefault(patient, given[name]) != given[name]:
+                raise ValueError(f"patient {shown[patient]} is in two splits, {result[patient]} and {given[name]}")
     if not result:
         raise ValueError("the splits name none of the patients or files that were found")
-    absent = [name for name in given if name not in met]
+    absent = [name for name, patients in meant.items() if not patients]
     if not absent:
         return result, []
-    of_split = [name for name in given if given[name] == given[absent[0]]]
-    place = f"entry {of_split.index(absent[0]) + 1} of {given[absent[0]]}"  # the name itself may be a patient's
     what = f"{len(absent)} of {len(given)} names of the splits are no patient's and no file's"
-    return result, [f"{what}; the first is {place}"]
+    return result, [f"{what}; the first is {_place(absent[0], given)}"]
+
+
+def patients_of_names(sources: Iterable[Source], names: Iterable[str]) -> dict[str, set[str]]:
+    """The patients that each name may stand for: the one who is called so, else those with a file of that name
+    (without its suffix), or whose own name ends with it after a slash (nnU-Net's are DATASET/CASE)."""
+    by_alias: dict[str, set[str]] = {}
+    sources = list(sources)
+    for source in sources:
+        parts = source.patient.split("/")
+        for alias in {stem(source.path), *("/".join(parts[start:]) for start in range(1, len(parts)))}:
+            by_alias.setdefault(alias, set()).add(source.patient)
+    patients = {source.patient for source in sources}
+    return {name: {name} if name in patients else by_alias.get(name, set()) for name in names}
+
+
+def _place(name: str, given: Mapping[str, str]) -> str:
+    """Where a name stands in the table: it may be a patient's, and is not repeated."""
+    split = given[name]
+    return f"entry {[other for other in given if given[other] == split].index(name) + 1} of {split}"

@@ -15,7 +15,7 @@ from typing import Any
 from trellis.preparation import records
 from trellis.preparation.locking import locked
 from trellis.preparation.split import DEFAULT_FRACTIONS, SPLITS, assign_splits, patient_order_key
-from trellis.utils.io_utils import atomic_write, write_json
+from trellis.utils.io_utils import atomic_write, printable, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ def build_metadata(
         fractions: shares of patients in train, val and test.
 
     Raises:
-        ValueError: no record there, a rank of the run is missing or still running, or the ranks ran with different
-            settings, keys, label names, or over different files.
+        ValueError: no record there, a rank of the run is missing or has not finished its last run, or the ranks ran
+            with different settings, keys, label names, or over different files or different states of them.
     """
     out = Path(out)
     if not (out / "records").is_dir():
@@ -128,7 +128,7 @@ def write_tables(
 def _complete_run(out: Path) -> list[dict[str, Any]]:
     parts = [value for _, value in records.manifests(out)]
     if not parts:
-        raise ValueError(f"{out}: no preparation has been run here (nothing below records/)")
+        raise ValueError(f"{out}: no preparation has finished here (no records/run_*.json): run it again")
     sizes = sorted({part["world_size"] for part in parts})
     if len(sizes) > 1:
         raise ValueError(f"{out}: parts of runs with world sizes {sizes} are there; run all ranks of one of them again")
@@ -136,9 +136,12 @@ def _complete_run(out: Path) -> list[dict[str, Any]]:
     if missing:
         raise ValueError(f"{out}: ranks {missing} of {sizes[0]} have not finished")
     for name, what in records.SHARED_BY_RANKS.items():
-        values = {repr(part[name]) for part in parts}
-        if len(values) > 1:
-            raise ValueError(f"{out}: the ranks ran with different {name} ({what}): {', '.join(sorted(values))}")
+        ranks: dict[str, list[int]] = {}
+        for part in parts:
+            ranks.setdefault(repr(part[name]), []).append(part["rank"])
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} (ranks {some})" for value, some in sorted(ranks.items()))
+            raise ValueError(f"{out}: the ranks ran with different {name} ({what}): {values}")
     return parts
 
 
@@ -284,4 +287,4 @@ def _write_csv(path: Path, columns: list[str], rows: Sequence[dict[str, Any]]) -
     writer.writeheader()
     writer.writerows(rows)
     with atomic_write(path) as stream:
-        stream.write(text.getvalue().encode("utf-8"))
+        stream.write(printable(text.getvalue()).encode("utf-8"))

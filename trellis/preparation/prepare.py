@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from trellis.preparation.settings import PrepareSettings
 from trellis.preparation.shares import groups_of_patients
 from trellis.preparation.split import DEFAULT_FRACTIONS
 from trellis.preparation.tasks import SDFTask, SourceTask, compute_sdf, failure, read_source
+from trellis.utils.io_utils import printable
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,20 @@ def prepare_dataset(
     with locked(out, exclusive=world_size == 1):
         key = load_or_create_key(key_file or out / KEY_NAME)
         if given is not None:
-            shown = {s.patient: s.patient if keep_patient_ids else pseudonym(key, "patient", s.patient)
-                     for s in found.sources}  # fmt: skip
+            shown = {s.patient: _patient_id(s.patient, key, keep_patient_ids) for s in found.sources}
             by_name, absent = splits_of_patients(found.sources, given, shown)
             given = {shown[name]: split for name, split in by_name.items()}
             warnings += absent
+        _withdraw_manifests(out, rank, world_size)
         groups = groups_of_patients(found.sources) if world_size > 1 else []
         others = {patient for i, group in enumerate(groups) for patient in group if i % world_size != rank}
         problems: list[str] = []
-        tasks = [
-            _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths, names, problems)
+        everyones = [
+            _source_task(source, key, data_root, out, settings, keep_patient_ids, keep_source_paths, names,
+                         [] if source.patient in others else problems)
             for source in found.sources
-            if source.patient not in others
-        ]
+        ]  # fmt: skip
+        tasks = [task for task in everyones if task.patient not in others]
         for problem, count in Counter(problems).items():
             warnings.append(f"{count} volume(s): {problem if keep_source_paths else hide_quoted(problem)}")
         computed = _run(tasks, out, settings, workers, scheduler, retry_failed, progress)
@@ -172,9 +175,10 @@ def prepare_dataset(
         manifest |= {
             "seed": seed, "keep_patient_ids": keep_patient_ids, "label_names": digest_of(names),
             "search": pseudonym(key, "search", json.dumps([groups, [[s.relative, s.patient] for s in found.sources]])),
-            "given_splits": given,
+            "state": _digest_of_state(everyones), "given_splits": given,
         }  # fmt: skip
-        _write_manifest(out, manifest)
+        _withdraw_manifests(out, rank, world_size)
+        records.write_record(records.manifest_path(out, rank, world_size), manifest)
         if world_size > 1:
             return _summary_of_rank(out, manifest, computed, found.left_out, warnings, time.perf_counter() - start)
         tables = write_tables(out, fractions=split_fractions)
@@ -188,11 +192,16 @@ def prepare_dataset(
     )  # fmt: skip
 
 
+def _patient_id(patient: str, key: bytes, keep: bool) -> str:
+    """How tables and files call a patient."""
+    return printable(patient) if keep else pseudonym(key, "patient", patient)
+
+
 def _source_task(
     source: Source, key: bytes, data_root: Path, out: Path, settings: PrepareSettings, keep_ids: bool, keep_paths: bool,
     names: LabelNames | None, problems: list[str],
 ) -> SourceTask:  # fmt: skip
-    patient_id = source.patient if keep_ids else pseudonym(key, "patient", source.patient)
+    patient_id = _patient_id(source.patient, key, keep_ids)
     table = find_table(source.path, data_root, problems) if source.kind == VOLUME and names is None else None
     expected = {
         "prep_hash": settings.prep_hash,
@@ -310,7 +319,7 @@ def _manifest(
     failures = []
     for relative in found.unmatched[rank::world_size]:
         entry = failure(pseudonym(key, "source", relative, digits=32), "discover", reason)
-        failures.append({**entry, "source": relative} if keep_source_paths else entry)
+        failures.append({**entry, "source": printable(relative)} if keep_source_paths else entry)
     return {
         "rank": rank, "world_size": world_size, "prep_hash": settings.prep_hash, "frame": settings.frame,
         "resolutions": list(settings.resolutions), "keep_source_paths": keep_source_paths,
@@ -319,13 +328,21 @@ def _manifest(
     }  # fmt: skip
 
 
-def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    """Write this rank's manifest; those of runs with another number of ranks no longer count."""
-    size = manifest["world_size"]
-    records.write_record(records.manifest_path(out, manifest["rank"], size), manifest)
+def _withdraw_manifests(out: Path, rank: int, world_size: int) -> None:
+    """Remove this rank's manifest and those of runs with another number of ranks: they no longer count.
+
+    From here until its new manifest is there a rank counts as one that has not finished, also when it is killed.
+    """
+    own = records.manifest_path(out, rank, world_size)
     for path in (out / "records").glob("run_*_of_*.json"):
-        if not path.name.endswith(f"_of_{size}.json"):
+        if path == own or not path.name.endswith(f"_of_{world_size}.json"):
             path.unlink(missing_ok=True)
+
+
+def _digest_of_state(tasks: Sequence[SourceTask]) -> str:
+    """16 hexadecimal digits of the sizes and times of all sources' files and tables of label names."""
+    stamps = [[task.key, task.expected["stamp"], task.expected["table"]] for task in tasks]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
 
 
 def _summary_of_rank(

@@ -20,6 +20,7 @@ SHARED_BY_RANKS = {
     "keep_source_paths": "--keep-source-paths",
     "key": "the key behind pseudonyms",
     "search": "files below DATA_ROOT, and whose they are",
+    "state": "sizes and times of the files below DATA_ROOT: run all ranks again over one state of it",
 }
 """What a manifest holds that must be the same for all ranks of a run, and what that is."""
 

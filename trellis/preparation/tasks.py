@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from trellis.preparation.label_tables import LabelNames, read_table
 from trellis.preparation.privacy import hide_quoted, label_without_patient, names_of, scrub, scrubbed_logs
 from trellis.preparation.settings import PrepareSettings
 from trellis.preparation.surfaces import Surfaces, closed_surface, surfaces_of_mesh, surfaces_of_volume
-from trellis.utils.io_utils import save_sparse_sdf, sha256_of_file
+from trellis.utils.io_utils import printable, save_sparse_sdf, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class SDFTask:
 def failure(identity: str, stage: str, error: BaseException | str, *, names: list[str] | None = None) -> dict[str, Any]:
     """A failure as data: id, stage, reason without names of files, and whether trying again is pointless.
 
-    A ValueError is about the input, and stays until input or settings change. Anything else (a full disk, no memory, a
-    lost worker) is tried again by the next run.
+    A ValueError is about the input, and stays until input or settings change, unless it says that the machine was at
+    fault. That and anything else (a full disk, no memory, a lost worker) is tried again by the next run.
     """
     if isinstance(error, ValueError):
         reason = getattr(error, "public", str(error)) if names else str(error)
@@ -75,8 +76,9 @@ def failure(identity: str, stage: str, error: BaseException | str, *, names: lis
         reason = f"{type(error).__name__}: {error}"
     else:
         reason = error
-    reason = " ".join((hide_quoted(scrub(reason, names)) if names else reason).split())
-    return {"id": identity, "stage": stage, "reason": reason[:2000], "permanent": isinstance(error, ValueError)}
+    reason = printable(" ".join((hide_quoted(scrub(reason, names)) if names else reason).split()))
+    permanent = isinstance(error, ValueError) and not getattr(error, "transient", False)
+    return {"id": identity, "stage": stage, "reason": reason[:2000], "permanent": permanent}
 
 
 def read_source(task: SourceTask) -> dict[str, Any]:
@@ -92,14 +94,14 @@ def read_source(task: SourceTask) -> dict[str, Any]:
     record: dict[str, Any] = {**task.expected, "content": None, "shapes": [], "failures": []}
     if task.keep_source_paths:
         names = []
-        record["source"] = task.relative
+        record["source"] = printable(task.relative)
     stage = "read"
     try:
         record["content"] = content_hash(task.files)
         with scrubbed_logs(names), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # format libraries warn with paths; what matters is raised or in the notes
-            surfaces = _surfaces(task)
-        record["notes"] = [hide_quoted(scrub(note, names)) if names else note for note in surfaces.notes]
+            surfaces = _with_printable_labels(_surfaces(task))
+        record["notes"] = [printable(hide_quoted(scrub(note, names)) if names else note) for note in surfaces.notes]
         record["picked"] = sorted(surfaces.picked)
         stage = "clean"
         for label, error in surfaces.failures.items():
@@ -123,8 +125,8 @@ def read_source(task: SourceTask) -> dict[str, Any]:
 
 
 def shape_id(content: str, label: str) -> str:
-    """The sha256 of a shape: of its source's content hash and its label."""
-    return hashlib.sha256(f"{content}\0{label}".encode()).hexdigest()
+    """The sha256 of a shape: of its source's content hash and its label, as tables show it."""
+    return hashlib.sha256(f"{content}\0{printable(label)}".encode()).hexdigest()
 
 
 def content_hash(files: Sequence[Path]) -> str:
@@ -148,6 +150,21 @@ def _surfaces(task: SourceTask) -> Surfaces:
     names = task.names if task.names is not None else read_table(task.table) if task.table is not None else {}
     patient = None if task.keep_patient_ids else task.patient
     return surfaces_of_volume(task.path, task.settings, names, patient)
+
+
+def _with_printable_labels(surfaces: Surfaces) -> Surfaces:
+    """The same surfaces under labels that tables can hold; a file name may have bytes that are not UTF-8.
+
+    Raises:
+        ValueError: two labels become one.
+    """
+    shown = {label: printable(label) for label in (*surfaces.by_label, *surfaces.failures)}
+    if len(set(shown.values())) < len(shown):
+        twice = next(label for label, count in Counter(shown.values()).items() if count > 1)
+        raise ValueError(f"two labels are written {twice!r}: rename one of them")
+    kinds = ("by_label", "failures", "masks", "values")
+    renamed = {kind: {printable(k): v for k, v in getattr(surfaces, kind).items()} for kind in kinds}
+    return dataclasses.replace(surfaces, **renamed)
 
 
 def _write_truth(

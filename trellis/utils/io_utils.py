@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 import zipfile
@@ -23,15 +24,46 @@ SCHEMA_VERSION = 2
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
 
 
-class UnreadableFile(ValueError):
-    """A file that cannot be read. `public` says it without the words of a library, which may be text of the file."""
+_TRANSIENT = frozenset(
+    getattr(errno, name) for name in (
+        "EIO", "ESTALE", "ENOMEM", "EMFILE", "ENFILE", "ETIMEDOUT", "EAGAIN", "ENOSPC", "EDQUOT", "EINTR", "EBUSY",
+        "ENOBUFS", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH", "ECONNRESET", "ECONNREFUSED", "ENOTCONN",
+        "EREMOTEIO", "ENOLINK",
+    ) if hasattr(errno, name)
+)  # fmt: skip
+"""Errors of a disk, a network or a machine that is short of something, not of the file that is read."""
+_NO_MEMORY = re.compile(r"bad_alloc|failed to allocate memory", flags=re.IGNORECASE)
+"""What libraries in C++ say for want of memory."""
 
-    def __init__(self, message: str, public: str) -> None:
+
+class UnreadableFile(ValueError):
+    """A file that cannot be read. `public` says it without the words of a library, which may be text of the file.
+
+    `transient` is true where the machine was at fault and not the file, so that trying again may help.
+    """
+
+    def __init__(self, message: str, public: str, transient: bool = False) -> None:
         super().__init__(message)
         self.public = public
+        self.transient = transient
 
-    def __reduce__(self) -> tuple[type[UnreadableFile], tuple[str, str]]:
-        return type(self), (str(self), self.public)  # to come back whole from a worker process
+    def __reduce__(self) -> tuple[type[UnreadableFile], tuple[str, str, bool]]:
+        return type(self), (str(self), self.public, self.transient)  # to come back whole from a worker process
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised for, is a want of memory or a fault of disk, network or machine."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        following = following.__cause__ or following.__context__
+    return any(
+        isinstance(one, MemoryError)
+        or (isinstance(one, OSError) and one.errno in _TRANSIENT)
+        or (isinstance(one, RuntimeError) and _NO_MEMORY.search(str(one)) is not None)
+        for one in seen
+    )
 
 
 def unreadable(what: str, error: Exception, words: str) -> UnreadableFile:
@@ -40,7 +72,13 @@ def unreadable(what: str, error: Exception, words: str) -> UnreadableFile:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     own = frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "trellis"
-    return UnreadableFile(f"{what}: {words}", f"{what}: {words if own else type(error).__name__}")
+    public = f"{what}: {words if own else type(error).__name__}"
+    return UnreadableFile(f"{what}: {words}", public, is_transient(error))
+
+
+def printable(text: str) -> str:
+    """`text` with what UTF-8 cannot hold (the bytes of a file name in another encoding) written out: `\\udcfc`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager

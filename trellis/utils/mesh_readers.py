@@ -149,12 +149,45 @@ def read_glb(path: Path) -> RawMesh:
     return RawMesh(*merge_identical_vertices(vertices, faces), space)
 
 
+def gltf_buffers(path: Path, document: Any) -> dict[str, Path | None]:
+    """Each address in a glTF document that names a file of numbers, and that file; None where it is not beside it."""
+    buffers = document.get("buffers") if isinstance(document, dict) else None
+    uris = [one.get("uri") for one in buffers if isinstance(one, dict)] if isinstance(buffers, list) else []
+    folder = (path.resolve() if path.is_symlink() else path).parent
+    result: dict[str, Path | None] = {}
+    for uri in uris:
+        if isinstance(uri, str) and "base64," not in uri:  # what trimesh unpacks; it takes anything else for a file
+            name = uri.strip()
+            inside = name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+            result[uri] = folder / name if inside and (folder / name).is_file() else None
+    return result
+
+
+def named_gltf_files(path: Path) -> list[Path]:
+    """The files with numbers that a .gltf file names and that are there; none of one that cannot be understood.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb", opener=open_regular) as stream:
+        data = stream.read()
+    try:
+        found = gltf_buffers(path, json.loads(data))
+    except (ValueError, RecursionError):
+        return []
+    return list(dict.fromkeys(file for file in found.values() if file is not None))
+
+
 def read_gltf(path: Path) -> RawMesh:
     """glTF 2.0 as JSON; its buffers may be inside or beside it, never elsewhere."""
     import trimesh
 
     data = path.read_bytes()
-    space = _gltf_tag(json.loads(data))
+    document = json.loads(data)
+    space = _gltf_tag(document)
+    for uri, file in gltf_buffers(path, document).items():
+        if file is None:
+            raise ValueError(f"its numbers should be in {uri[:200]!r} beside it: no such file")
     resolver = trimesh.resolvers.FilePathResolver(str(path.resolve()))
     vertices, faces = _trimesh_geometry(data, "gltf", resolver=resolver, skip_materials=True)
     return RawMesh(*merge_identical_vertices(vertices, faces), space)
