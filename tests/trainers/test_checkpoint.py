@@ -20,6 +20,7 @@ from trellis.trainers.checkpoint import (
     find_checkpoint,
     load_misc,
     load_weights,
+    manifest_steps,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -150,9 +151,45 @@ def test_pruning_keeps_the_newest_and_foreign_files(tmp_path: Path, caplog: pyte
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "ckpts" / "notes_step0000001.txt").write_text("mine")
-    prune_checkpoints(tmp_path / "ckpts", 2)
+    prune_checkpoints(tmp_path / "ckpts", 2, 3)
     assert find_checkpoint(tmp_path, 2) and find_checkpoint(tmp_path, 3)
     assert [p.name for p in (tmp_path / "ckpts").glob("*0000001*")] == ["notes_step0000001.txt"]
+
+
+def test_pruning_counts_whole_checkpoints_up_to_the_one_just_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """After a newer one broke and training went on from an older one: what was just saved is not removed for it."""
+    for step in (100, 120, 150, 200):
+        save(tmp_path, step)
+    folder = tmp_path / "ckpts"
+    for step in (120, 200):
+        path = folder / f"misc_step{step:07d}.pt"
+        path.write_bytes(path.read_bytes()[:10])
+    prune_checkpoints(folder, 1, 150)
+    assert manifest_steps(folder) == [200, 150, 120]
+    assert find_checkpoint(tmp_path).step == 150
+    assert "step0000120.json is not whole (a file is cut)" in caplog.text
+
+
+def test_a_disk_that_refuses_everything_gives_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*given, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(module, "atomic_write", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match="checkpoint of step 1 was not written .*Read-only file system"):
+        save(tmp_path, 1)
+    monkeypatch.undo()
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    prune_checkpoints(tmp_path / "ckpts", 1, 2)  # said, no more
+
+
+def test_metadata_of_weights(tmp_path: Path):
+    save(tmp_path, 1)
+    found = find_checkpoint(tmp_path, 1)
+    assert module.weights_metadata(found.model) and module.weights_metadata(found.misc) == {}
+    assert module.weights_metadata(tmp_path / "nowhere") == {}
 
 
 def test_weights_that_are_none(tmp_path: Path):

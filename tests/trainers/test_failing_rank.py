@@ -21,7 +21,7 @@ def wait_for_ever(*args, **kwargs):
     time.sleep(1000)
 
 
-def failing_child(options: RunOptions, environment: dict[str, str], parent: int) -> None:
+def failing_child(options: RunOptions, environment: dict[str, str], *rest) -> None:
     """Rank 0 raises in step 3; to leave the group in order would last for ever, as with NCCL."""
     if environment["RANK"] == "0":
         real = base.Trainer._train_step
@@ -33,10 +33,10 @@ def failing_child(options: RunOptions, environment: dict[str, str], parent: int)
 
         base.Trainer._train_step = step
         torch.distributed.destroy_process_group = wait_for_ever
-    real_child(options, environment, parent)
+    real_child(options, environment, *rest)
 
 
-def stuck_child(options: RunOptions, environment: dict[str, str], parent: int) -> None:
+def stuck_child(options: RunOptions, environment: dict[str, str], *rest) -> None:
     """And rank 1 never comes back from the collective of that step, as with NCCL."""
     if environment["RANK"] == "1":
         real = base.sum_over_ranks_
@@ -47,7 +47,7 @@ def stuck_child(options: RunOptions, environment: dict[str, str], parent: int) -
             return wait_for_ever() if steps.count(steps[0]) == FAILS_AT else real(tensor)
 
         base.sum_over_ranks_ = sum_over_ranks_
-    failing_child(options, environment, parent)
+    failing_child(options, environment, *rest)
 
 
 def run_two(tmp_path: Path, prepared: Path, child, device: str, monkeypatch, **trainer_args) -> tuple[int, float]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_cases import ellipsoid_blocks, read_log, tiny_config, write_config
 
 from trellis.trainers import run as run_module
+from trellis.trainers import stop as stop_module
 from trellis.trainers.base import Trainer
 from trellis.trainers.build import RunOptions, build_trainer
 from trellis.trainers.checkpoint import find_checkpoint
@@ -173,6 +177,19 @@ def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path, prepared: Path,
     assert train_rank(options(tmp_path, prepared)) == 1
     (line,) = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
     assert "log.txt: could not be written: " in line and not any(record.exc_info for record in caplog.records)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    with StopSignals() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM and agreed_exit_code(stop.flags()) == 143
+        now[0] += 1.5
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
 
 
 def test_all_ranks_stop_for_the_log_of_one():

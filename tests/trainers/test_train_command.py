@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -137,6 +138,36 @@ def test_ctrl_c_saves_and_exits(tmp_path: Path, prepared: Path):
     assert_saved_at_the_last_step(tmp_path / "run")
 
 
+def test_a_sigterm_for_all_processes_saves_and_exits(tmp_path: Path, prepared: Path):
+    """As schedulers send it: loader processes get it too, and ranks twice, from the supervisor as well."""
+    config = tiny_config(max_steps=100_000, batch_size_per_gpu=1, num_workers=1)
+    path = write_config(tmp_path / "c.json", config)
+    training = Training(path, prepared, tmp_path / "run", "--num_gpus", "2")
+    training.wait_for_step(2)
+    ranks = rank_processes(training.process.pid)
+    assert len(ranks) == 2
+    loaders = [pid for rank in ranks for pid in children_of(rank)]
+    assert len(loaders) >= 2
+    for pid in (training.process.pid, *ranks, *loaders):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    assert training.wait() == 143, training.output
+    assert_saved_at_the_last_step(tmp_path / "run")
+    assert not [pid for pid in loaders if Path(f"/proc/{pid}/cmdline").exists()]
+
+
+def test_ctrl_c_while_ranks_start(tmp_path: Path, prepared: Path):
+    path = write_config(tmp_path / "c.json", tiny_config(max_steps=100_000, batch_size_per_gpu=1))
+    training = Training(path, prepared, tmp_path / "run", "--num_gpus", "2")
+    deadline = time.monotonic() + 60
+    while len(rank_processes(training.process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    training.signal(signal.SIGINT)
+    assert training.wait(60) == 130, training.output
+    assert not (tmp_path / "run" / "ckpts").exists()
+
+
 def test_sigterm_reaches_all_ranks(tmp_path: Path, prepared: Path):
     path = write_config(tmp_path / "c.json", tiny_config(max_steps=100_000, batch_size_per_gpu=1))
     training = Training(path, prepared, tmp_path / "run", "--num_gpus", "2", "--auto_retry", "2")
@@ -151,10 +182,14 @@ def assert_saved_at_the_last_step(run: Path) -> None:
     assert found is not None and found.step == read_log(run)[-1]["step"] >= 2
 
 
+def children_of(pid: int) -> list[int]:
+    """Processes that the main thread of a process started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def rank_processes(supervisor: int) -> list[int]:
     """Processes that a supervisor started for its ranks."""
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children_of(supervisor) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_auto_retry_goes_on_from_the_checkpoint(tmp_path: Path, prepared: Path):

@@ -13,6 +13,7 @@ from training_cases import read_log, tiny_config, write_config, write_dataset
 
 from trellis.config import InputError
 from trellis.trainers import base
+from trellis.trainers import build as build_module
 from trellis.trainers.base import Trainer
 from trellis.trainers.build import RunOptions, build_trainer, differing_keys
 from trellis.trainers.checkpoint import CheckpointError, find_checkpoint, load_misc, load_weights
@@ -179,11 +180,74 @@ def test_choosing_checkpoints(tmp_path: Path, prepared: Path):
         build(tmp_path, prepared, config, ckpt="1")
     elsewhere = build(tmp_path, prepared, config, "other", ckpt="1", load_dir=str(tmp_path / "run"))
     assert elsewhere.step == 1
+    elsewhere.run()  # to step 2: going on from an older one of another folder would mix two histories
+    for options in ({}, {"ckpt": "latest"}, {"ckpt": "1"}):
+        (tmp_path / "run" / "ckpts" / "step0000002.json").unlink(missing_ok=True)
+        with pytest.raises(InputError, match=r"--load_dir .* checkpoints of later steps \[2\].*drop both options"):
+            build(tmp_path, prepared, config, "other", load_dir=str(tmp_path / "run"), **options)
+    build(tmp_path, prepared, config).run()
     with pytest.raises(InputError, match="there is no valid checkpoint"):
         build(tmp_path, prepared, config, "third", load_dir=str(tmp_path / "nowhere"))
     config["models"]["vqvae"]["args"]["num_embeddings"] = 64
     with pytest.raises(InputError, match=r"quantizer.codebook is \[32, 8\], the model has \[64, 8\]"):
         build(tmp_path, prepared, config)
+
+
+def test_settings_of_the_optimizer_are_the_configs(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
+    def config(**changes):
+        args = {"lr": 1e-3, "weight_decay": 0.01, **changes}
+        schedule = {"name": "StepLR", "args": {"step_size": 2, "gamma": 0.5}}
+        optimizer = {"name": "AdamW", "args": args}
+        return tiny_config(max_steps=4, optimizer=optimizer, lr_scheduler=schedule, i_save=3)
+
+    build(tmp_path, prepared, config()).run(max_steps=None)
+    (tmp_path / "run" / "ckpts" / "step0000004.json").unlink()
+    same = build(tmp_path, prepared, config())
+    assert same.step == 3 and same.optimizer.param_groups[0]["lr"] == 5e-4 and "settings that change" not in caplog.text
+    other = build(tmp_path, prepared, config(lr=1e-6, weight_decay=0.5))
+    group = other.optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(5e-7) and group["weight_decay"] == 0.5
+    assert "settings that change from this step on: lr: 0.001 -> 1e-06, weight_decay: 0.01 -> 0.5" in caplog.text
+    other.run()
+    assert read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(5e-7)
+    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-7)
+    steps = config()
+    steps["trainer"]["args"]["lr_scheduler"]["args"]["gamma"] = 0.1
+    assert build(tmp_path, prepared, steps).scheduler.gamma == 0.1
+
+
+def test_another_kind_of_optimizer_is_refused_and_another_clipper_is_not(tmp_path: Path, prepared: Path):
+    build(tmp_path, prepared, tiny_config(max_steps=2, grad_clip=1.0)).run()
+    clipper = {"name": "AdaptiveGradClipper", "args": {"max_norm": 1.0}}
+    assert build(tmp_path, prepared, tiny_config(max_steps=3, grad_clip=clipper)).run() == 0
+    assert build(tmp_path, prepared, tiny_config(max_steps=4)).run() == 0
+    for name in ("SGD", "RMSprop", "Adagrad", "NAdam"):
+        config = tiny_config(max_steps=5, optimizer={"name": name, "args": {"lr": 1e-3}})
+        with pytest.raises(InputError, match=f"trained with optimizer AdamW, and trainer.args.optimizer is {name}"):
+            build(tmp_path, prepared, config)
+    config = tiny_config(max_steps=5, lr_scheduler={"name": "StepLR", "args": {"step_size": 2}})
+    with pytest.raises(InputError, match="trained with lr_scheduler none, and trainer.args.lr_scheduler is StepLR"):
+        build(tmp_path, prepared, config)
+
+
+def test_a_try_leaves_a_run_as_it_was_trained(tmp_path: Path, prepared: Path):
+    config = tiny_config(max_steps=2)
+    build(tmp_path, prepared, config).run()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    config["trainer"]["args"]["seed"] = 5
+    build(tmp_path, prepared, config, tryrun=True)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    config["models"]["vqvae"]["args"]["window_size"] = 2  # the weights fit, and would compute something else
+    for options in ({}, {"tryrun": True}):
+        with pytest.raises(InputError, match=r"models.vqvae.args.window_size must stay 8, with which .*, got 2"):
+            build(tmp_path, prepared, config, **options)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_ranks_that_found_different_steps_end(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build_module, "gather_objects", lambda step: [4, step])
+    with pytest.raises(InputError, match=r"rank 0: 4, rank 1: none\); it must be one folder that all see"):
+        build(tmp_path, prepared, tiny_config(max_steps=2))
 
 
 def test_a_run_without_a_valid_checkpoint_is_not_started_anew(tmp_path: Path, prepared: Path):

@@ -29,7 +29,7 @@ from trellis.trainers.launch import EXIT_FAILED
 from trellis.trainers.loader import DeviceBatches, batch_size_per_rank, endless_batches
 from trellis.trainers.logs import RunLog
 from trellis.trainers.memory import WORKSPACE_BYTES, MemoryLimit, available_bytes, out_of_memory
-from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer
+from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer, load_scheduler
 from trellis.trainers.precision import Precision, mode_on_device
 from trellis.trainers.random_state import random_state, seed_everything, set_random_state
 from trellis.trainers.sampler import ResumableSampler
@@ -385,6 +385,7 @@ class Trainer:
             misc = {
                 "step": self.step,
                 "parameters": list(self.precision.parameters),
+                "kinds": self._kinds(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "sampler": self.sampler.state_dict(),
@@ -401,7 +402,7 @@ class Trainer:
                 save_checkpoint(folder, self.model_name, self.step, weights, averages, misc, self.metadata)
                 logger.info("saved the checkpoint of step %d", self.step)
                 if self.args.keep_last is not None:
-                    prune_checkpoints(folder, self.args.keep_last)
+                    prune_checkpoints(folder, self.args.keep_last, self.step)
             except CheckpointError as caught:
                 error = str(caught)
         errors = [e for e in gather_objects(error) if e is not None]
@@ -409,8 +410,13 @@ class Trainer:
             raise CheckpointError(errors[0])
         self._saved_step = self.step
 
+    def _kinds(self) -> dict[str, str]:
+        """Names of what cannot go on from the state of another kind."""
+        schedule = self.args.lr_scheduler
+        return {"optimizer": self.args.optimizer.name, "lr_scheduler": "none" if schedule is None else schedule.name}
+
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on exactly where a checkpoint stopped.
+        """Go on exactly where a checkpoint stopped, with the optimizer's settings that the config has now.
 
         Raises:
             InputError: the checkpoint is of another model or optimizer.
@@ -420,8 +426,17 @@ class Trainer:
             self.precision.load_weights(load_weights(checkpoint.model))
             if misc["parameters"] != list(self.precision.parameters):
                 raise ValueError("it was trained with other parameters")
-            load_optimizer(self.optimizer, misc["optimizer"])
-            self.scheduler.load_state_dict(misc["scheduler"])
+            for name, kind in self._kinds().items():
+                before = misc.get("kinds", {}).get(name, kind)
+                if before != kind:
+                    raise ValueError(
+                        f"it was trained with {name} {before}, and trainer.args.{name} is {kind}: to change that, "
+                        "start another run from its weights (finetune_ckpt)"
+                    )
+            changes = load_optimizer(self.optimizer, misc["optimizer"])
+            changes += load_scheduler(self.scheduler, misc["scheduler"])
+            if changes:
+                logger.warning("settings that change from this step on: %s", ", ".join(changes))
             self.precision.load_state_dict(misc["precision"])
             self.clipper.load_state_dict(misc["grad_clip"])
             self.sampler.load_state_dict(misc["sampler"])

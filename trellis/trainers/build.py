@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -22,11 +23,12 @@ from trellis.trainers.checkpoint import (
     find_checkpoint,
     load_weights,
     manifest_steps,
+    weights_metadata,
 )
 from trellis.trainers.logs import writing
 from trellis.trainers.random_state import seed_everything
 from trellis.trainers.vae.sparse_sdf_vqvae import SparseSDFVQVAEObjective
-from trellis.utils.dist_utils import Ranks
+from trellis.utils.dist_utils import Ranks, gather_objects
 from trellis.utils.io_utils import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
@@ -72,10 +74,11 @@ def choose_checkpoint(options: RunOptions) -> Checkpoint | None:
         raise InputError(f"--load_dir {source}: there is no valid checkpoint in {source / 'ckpts'}")
     step = -1 if checkpoint is None else checkpoint.step
     later = [s for s in manifest_steps(output / "ckpts") if s > step]
-    if later and options.ckpt != "latest":
+    if later and (options.ckpt != "latest" or source.resolve() != output.resolve()):
+        where = f"--ckpt {options.ckpt}" if options.load_dir is None else f"--load_dir {source} --ckpt {options.ckpt}"
         raise InputError(
-            f"--ckpt {options.ckpt}: {output} holds checkpoints of later steps {sorted(later)}, which a new "
-            "history must not be mixed with; give another --output_dir (--load_dir for the old one), or remove them"
+            f"{where}: {output} holds checkpoints of later steps {sorted(later)}, which a new history must not be "
+            "mixed with; to go on from these drop both options, else give another --output_dir, or remove them"
         )
     return checkpoint
 
@@ -96,6 +99,7 @@ def build_trainer(options: RunOptions, ranks: Ranks, device: torch.device) -> Tr
     with wrong_input(f"models.{config.model_name}.args"):
         model = CLASSES[config.model.name](**config.model.args)
     checkpoint = choose_checkpoint(options)
+    _check_ranks_found_the_same(checkpoint, options)
     if checkpoint is None:
         load_starting_weights(model, config)
     model.to(device)
@@ -108,11 +112,43 @@ def build_trainer(options: RunOptions, ranks: Ranks, device: torch.device) -> Tr
     if checkpoint is not None:
         if checkpoint.model_name != config.model_name:
             raise InputError(f"the checkpoint is of model {checkpoint.model_name!r}, not {config.model_name!r}")
+        _check_same_network(checkpoint, config)
         trainer.load(checkpoint)
         logger.info("going on from step %d of %s", checkpoint.step, checkpoint.model.parent)
-    if ranks.is_first:
+    only_tried = (options.tryrun or options.profile) and bool(manifest_steps(output / "ckpts"))
+    if ranks.is_first and not only_tried:  # what a run's checkpoints are read with stays as it was trained
         _write_run_files(output, config, model)
     return trainer
+
+
+def _check_ranks_found_the_same(checkpoint: Checkpoint | None, options: RunOptions) -> None:
+    """InputError where ranks go on from different steps, as without one folder that all of them see."""
+    steps = gather_objects(None if checkpoint is None else checkpoint.step)
+    if len(set(steps)) > 1:
+        found = ", ".join(f"rank {rank}: {'none' if step is None else step}" for rank, step in enumerate(steps))
+        folder = options.load_dir or options.output_dir
+        raise InputError(
+            f"{folder}: ranks found checkpoints of different steps ({found}); it must be one folder that all see"
+        )
+
+
+SHAPELESS_ARGUMENTS = ("window_size", "num_heads", "num_head_channels", "qk_rms_norm")
+"""Of the model: with other values the same weights fit and compute something else."""
+
+
+def _check_same_network(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """InputError where the config's model would compute something else with the checkpoint's weights."""
+    saved = weights_metadata(checkpoint.model).get("args")
+    if not isinstance(saved, dict):
+        return
+    defaults = inspect.signature(CLASSES[config.model.name]).parameters
+    for name in SHAPELESS_ARGUMENTS:
+        before, now = (args.get(name, defaults[name].default) for args in (saved, config.model.args))
+        if before != now:
+            raise InputError(
+                f"models.{config.model_name}.args.{name} must stay {json.dumps(before)}, with which "
+                f"{checkpoint.model} was trained, got {json.dumps(now)}"
+            )
 
 
 def load_starting_weights(model: nn.Module, config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -103,7 +104,8 @@ def save_checkpoint(
         write_json(manifest_path, {"format": FORMAT, "step": step, "model": model_name, "files": files})
     except OSError as error:
         for path in [manifest_path, *written]:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a disk that is read-only, say
+                path.unlink(missing_ok=True)
         raise CheckpointError(
             f"{folder}: the checkpoint of step {step} was not written ({error}); earlier checkpoints are intact"
         ) from error
@@ -219,6 +221,17 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
+def weights_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote into a weights file beside the tensors; {} without it."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("trellis_vqvae", "{}")
+        found = json.loads(text)
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def load_misc(checkpoint: Checkpoint) -> dict[str, Any]:
     """Optimizer, sampler, generators and the rest of a checkpoint, on the CPU."""
     try:
@@ -227,18 +240,35 @@ def load_misc(checkpoint: Checkpoint) -> dict[str, Any]:
         raise InputError(f"{checkpoint.misc}: not readable: {error}") from None
 
 
-def prune_checkpoints(folder: str | Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints, each manifest before its files; nothing else is touched."""
+def prune_checkpoints(folder: str | Path, keep_last: int, step: int) -> None:
+    """Remove all but the newest `keep_last` whole checkpoints up to `step`, the one that was just saved.
+
+    A manifest goes before its files. Checkpoints that lack a file or a part of one do not count, and stay, as do those
+    of later steps. What the system refuses to remove is logged.
+    """
     folder = Path(folder)
-    for step in manifest_steps(folder)[keep_last:]:
-        path = folder / f"step{step:07d}.json"
-        try:
-            names = list(json.loads(path.read_text(encoding="utf-8"))["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("not pruned: %s is not readable (%s)", path, error)
+    whole = []
+    for saved in manifest_steps(folder):
+        path = folder / f"step{saved:07d}.json"
+        if saved > step:
             continue
-        path.unlink()
-        for name in names:
-            if Path(name).name == name:
-                (folder / name).unlink(missing_ok=True)
-        logger.info("removed the checkpoint of step %d (keep_last = %d)", step, keep_last)
+        try:
+            files = json.loads(path.read_text(encoding="utf-8"))["files"]
+            sizes = {str(name): int(facts["bytes"]) for name, facts in files.items()}
+            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
+                whole.append((saved, path, list(sizes)))
+                continue
+            reason = "a file is cut"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error)
+        logger.warning("not pruned: %s is not whole (%s)", path, reason)
+    for saved, path, names in whole[keep_last:]:
+        try:
+            path.unlink()
+            for name in names:
+                if Path(name).name == name:
+                    (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("not pruned: %s: %s", path, error)
+            continue
+        logger.info("removed the checkpoint of step %d (keep_last = %d)", saved, keep_last)

@@ -69,7 +69,7 @@ class AdaptiveGradClipper:
         return {"norms": list(self._norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._norms = [float(norm) for norm in state["norms"]][-self.buffer_size :]
+        self._norms = [float(norm) for norm in state.get("norms", [])][-self.buffer_size :]
 
 
 def build_grad_clipper(spec: float | Named | None) -> FixedGradClipper | AdaptiveGradClipper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,9 @@ from trellis.trainers.memory import MemoryLimit, split_by_cost
 from trellis.trainers.sampler import ResumableSampler
 
 Batch = dict[str, Any]
+
+GRACE_S = 60
+"""How long a loader process goes on after SIGTERM."""
 
 
 def batch_size_per_rank(args: TrainerArgs, world_size: int) -> int:
@@ -65,10 +69,15 @@ def endless_batches(
 
 
 def _ignore_signals(worker: int) -> None:
-    """Loader processes: Ctrl-C is the main process's business, and SIGTERM ends them as usual."""
+    """Loader processes: Ctrl-C is the main process's business, and SIGTERM ends them late and in order.
+
+    A scheduler sends it to all of a job's processes. The main one then ends its step, which may need another batch, and
+    saves; a loader that a signal ended would end it too.
+    """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
 
 
 def split_and_collate(

@@ -72,13 +72,43 @@ def build_optimizer(spec: Named, parameters: Mapping[str, torch.Tensor], codeboo
     return _build("trainer.args.optimizer", target, groups, args)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over a saved state, but how the update is computed stays as it is on this device."""
-    groups = [
-        {**saved, **{key: own[key] for key in ("fused", "foreach") if key in own}}
-        for saved, own in zip(state["param_groups"], optimizer.param_groups)
-    ]
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> list[str]:
+    """Take over a saved state: moments, and the learning rate that the schedule had reached.
+
+    What the config sets is the config's: other settings (weight decay, betas, ...) are those of `optimizer` as it was
+    built, and where its learning rate is another one, the reached rate changes by the same factor.
+
+    Returns:
+        What differs, as "setting: saved -> now".
+    """
+    groups, changes = [], []
+    for number, (saved, own) in enumerate(zip(state["param_groups"], optimizer.param_groups)):
+        settings = {key: value for key, value in own.items() if key not in ("params", "lr", "initial_lr")}
+        group = {**saved, **settings}
+        before, now = saved.get("initial_lr", saved["lr"]), own.get("initial_lr", own["lr"])
+        if before != now:
+            group["lr"], group["initial_lr"] = saved["lr"] * now / before if before else now, now
+        compared = [("lr", before, now)] if number == 0 else []
+        compared += [(key, saved[key], settings[key]) for key in settings if key in saved]
+        changes += [f"{key}: {a} -> {b}" for key, a, b in compared if a != b and key not in ("fused", "foreach")]
+        groups.append(group)
     optimizer.load_state_dict({**state, "param_groups": groups + state["param_groups"][len(groups) :]})
+    return list(dict.fromkeys(changes))
+
+
+PROGRESS_OF_SCHEDULES = ("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step")
+
+
+def load_scheduler(scheduler: Any, state: dict[str, Any]) -> list[str]:
+    """Take over how far a saved schedule had come; its settings are those of `scheduler`. Returns what differs."""
+    own = scheduler.state_dict()
+    settings = {key: value for key, value in own.items() if key not in PROGRESS_OF_SCHEDULES}
+    scheduler.load_state_dict({**state, **settings})
+    return [
+        f"{key}: {state[key]} -> {value}"
+        for key, value in settings.items()
+        if key in state and state[key] != value and key not in ("base_lrs", "lr_lambdas")
+    ]
 
 
 def build_scheduler(spec: Named | None, optimizer: torch.optim.Optimizer) -> Any:

@@ -193,16 +193,18 @@ def _run_processes(
         }
         for local in range(processes)
     ]
-    children = [context.Process(target=_child, args=(options, env, os.getpid())) for env in environments]
+    asked = context.RawValue(ctypes.c_int, 0)  # to stop, by this signal: for ranks that do not hear signals yet
+    children = [context.Process(target=_child, args=(options, env, os.getpid(), asked)) for env in environments]
     forwarded: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         forwarded.append(number)
+        asked.value = number
         for child in children:
             if child.pid is not None and child.is_alive():
                 os.kill(child.pid, number)
 
-    # Ranks leave the terminal's process group and ignore Ctrl-C while they start, so that one Ctrl-C reaches them once,
+    # Ranks leave the terminal's process group and ignore Ctrl-C until they have, so that one Ctrl-C reaches them once,
     # through `forward`: a second one means to stop without saving.
     previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -239,10 +241,14 @@ def _wait(children: list[Any]) -> int:
     return 128 - code if code < 0 else code
 
 
-def _child(options: RunOptions, environment: dict[str, str], parent: int) -> None:
-    """A rank in a process of its own, which is told to save and end when its supervisor dies."""
+def _child(options: RunOptions, environment: dict[str, str], parent: int, asked: Any) -> None:
+    """A rank in a process of its own, which is told to save and end when its supervisor dies.
+
+    `asked.value`: the signal that asked to stop before this process could hear it, or 0.
+    """
     os.environ.update(environment)
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # forwarded: the terminal's no longer reaches this group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -250,6 +256,8 @@ def _child(options: RunOptions, environment: dict[str, str], parent: int) -> Non
         logger.debug("no prctl here: ranks outlive a killed supervisor")
     if os.getppid() != parent:
         raise SystemExit(143)
+    if asked.value:
+        raise SystemExit(128 + asked.value)
     configure_logging()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(environment["LOCAL_WORLD_SIZE"])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,12 +14,16 @@ from trellis.trainers.launch import EXIT_FAILED
 logger = logging.getLogger(__name__)
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SAME_SIGNAL_S = 1.0
 NUM_FLAGS = len(EXIT_CODES) + 1
 """Length of `StopSignals.flags`."""
 
 
 class StopSignals:
     """Context in which SIGINT and SIGTERM set a flag; a second signal interrupts at once, without saving.
+
+    One that follows within `SAME_SIGNAL_S` is the same request: a scheduler signals all of a job's processes, and the
+    supervisor passes on what it gets.
 
     Attributes:
         received: the signal, None before one. log_failed: set it where the run's log can no longer be written.
@@ -27,6 +32,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.log_failed = False
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -42,7 +48,10 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None:
-            raise KeyboardInterrupt
+            if time.monotonic() - self._received_at > SAME_SIGNAL_S:
+                raise KeyboardInterrupt
+            return
+        self._received_at = time.monotonic()
         self.received = signal.Signals(number)
         logger.info("%s: the step ends, then a checkpoint is written; once more stops at once", self.received.name)
 
