@@ -7,7 +7,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +77,8 @@ def encode_many(
 ) -> Outcome:
     """Write `{sha256}_r{R}.safetensors` below `out` for every shape of the inputs.
 
-    A token file that is there, whole, of this model and made with these settings is kept. A shape that fails is
-    recorded in the outcome and in errors.csv, and the rest goes on.
+    A token file that is there, whole, of this model and of the shape as it is now is kept (see `ShapeInput`). A shape
+    that fails is recorded in the outcome and in errors.csv, and the rest goes on.
 
     Args:
         progress: called after each source. written: called after each file.
@@ -97,7 +97,7 @@ def encode_many(
                 continue
             try:
                 tokens = tokenizer.encode(shape.load(), label=shape.label, sha256=shape.sha256)
-                save_tokens(path, tokens)
+                save_tokens(path, replace(tokens, label_table=shape.label_table))
             except HANDLED as error:
                 outcome.failures.append(Failure(source.name, shape.sha256, "encode", one_line(error)))
                 continue
@@ -124,17 +124,22 @@ def _content_id(name: str) -> str:
 
 
 def _is_done(path: Path, shape: ShapeInput, tokenizer: SparseSDFTokenizer) -> bool:
+    """Whether a token file is there, whole, of this model and of the shape as it is now; nothing is computed for it."""
     if not path.is_file():
         return False
     try:
         tokens = load_tokens(path)
     except ValueError:
         return False
-    if shape.prep_hash is not None and shape.prep_hash != tokens.prep_hash:
+    if (tokens.model_hash, tokens.sha256, tokens.resolution, tokens.label_table) != (
+        tokenizer.model_hash, shape.sha256, shape.resolution, shape.label_table,
+    ):  # fmt: skip
         return False
-    return (tokens.model_hash, tokens.sha256, tokens.resolution) == (
-        tokenizer.model_hash, shape.sha256, shape.resolution,
-    )  # fmt: skip
+    try:
+        told = shape.told()
+    except HANDLED:
+        return False  # loading the shape then says what is wrong
+    return all(np.array_equal(getattr(tokens, name), value) for name, value in told.items())
 
 
 def token_paths(inputs: Sequence[str | Path], patient: str | None = None) -> list[Path]:
