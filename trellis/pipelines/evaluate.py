@@ -82,6 +82,7 @@ def evaluate_dataset(
     data, out = Path(data), Path(out)
     resolution = resolution or (tokenizer.resolution if tokenizer else None) or _only_resolution(data)
     dataset = SparseSDF(data, resolution=resolution, split=split)
+    items = {item.sha256: item for item in dataset.items}
     failures: list[Failure] = []
     codes = CodeCounts(tokenizer.codebook_size if tokenizer else 0)
     rows: list[dict[str, Any]] = []
@@ -97,7 +98,7 @@ def evaluate_dataset(
             try:
                 yield _reconstruct(tokenizer, item, blocks, data, codes)
             except HANDLED as error:
-                failures.append(Failure(item.sha256, item.sha256, "encode", one_line(error)))
+                failures.append(Failure(str(item.path), item.sha256, "encode", one_line(error)))
                 yield replace(_pair(item, blocks, None, data, {}), failed=True)
 
     for pair, score in score_pairs(pairs(), workers, num_samples, tolerances_mm):
@@ -105,7 +106,7 @@ def evaluate_dataset(
         try:
             rows.append({**identity, **score(), **(FAILED if pair.failed else {})})
         except HANDLED as error:
-            failures.append(Failure(pair.sha256, pair.sha256, "score", one_line(error)))
+            failures.append(Failure(str(items[pair.sha256].path), pair.sha256, "score", one_line(error)))
             rows.append({**identity, **worst_row(pair, tolerances_mm), **FAILED})
         progress(len(rows), len(dataset.items))
     progress(len(dataset.items), len(dataset.items))
@@ -132,7 +133,6 @@ def evaluate_dataset(
         write_group_table(out / name, key, groups[key])
     write_errors(out, failures)
     write_json(out / SUMMARY_NAME, summary)
-    items = {item.sha256: item for item in dataset.items}
     shown = worst_rows(rows, worst)
     # Decoded once more: keeping the meshes of a whole split would take memory in proportion to it.
     cases = [_case(row, tokenizer, items[row["sha256"]], data) for row in shown]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from trellis.preparation.label_tables import LabelNames
+from trellis.preparation.privacy import hide_quoted
 from trellis.preparation.settings import PrepareSettings
 from trellis.utils.blocks import BAND_VOXELS, SparseSDFBlocks, check_resolution
 from trellis.utils.io_utils import load_sparse_sdf, load_sparse_sdf_header, sha256_of_file
@@ -237,7 +238,7 @@ def _prepared_folder(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
     dataset = SparseSDF(path, resolution=options.required_resolution(), split=options.split)
     for item in dataset.items:
         yield ShapeInput(
-            item.sha256, item.sha256, item.label, dataset.resolution, partial(load_sparse_sdf, item.path),
+            str(item.path), item.sha256, item.label, dataset.resolution, partial(load_sparse_sdf, item.path),
             partial(load_sparse_sdf_header, item.path),
         )  # fmt: skip
 
@@ -277,7 +278,7 @@ def _volume(
         table = find_table(path, path.parent, problems)
         names = read_table(table) if table is not None else {}
         for problem in problems:
-            logger.warning("%s: %s", path, problem)
+            logger.warning("%s: %s", path, hide_quoted(problem))
     shapes = shapes_of_volume(path, options.settings(), names)
     if not shapes.labels:
         wanted, present = list(options.labels or ()), list(shapes.present[:20])
@@ -289,7 +290,7 @@ def _volume(
         if not made:  # all labels at once, and only when one of them is not done yet
             made.append(shapes.surfaces())
             for note in made[0].notes:
-                logger.warning("%s: %s", path, note)
+                logger.warning("%s: %s", path, hide_quoted(note))
         try:
             if label in made[0].failures:
                 raise made[0].failures[label]
