@@ -111,6 +111,8 @@ def write_report(
     """Write the page atomically. It loads nothing: style, script and pictures are inside it."""
     what = "the TSDF itself" if summary["baseline"] else "reconstruction from tokens"
     facts = [f"split {summary['split']}", f"{summary['resolution']} cubed"]
+    if summary.get("n_truth_tsdf"):
+        facts.append(truth_is_tsdf(summary))
     if summary["model_hash"]:
         facts.append(f"model {summary['model_hash'][:12]}")
     body = [
@@ -141,6 +143,11 @@ def write_report(
     )
     with atomic_write(path) as stream:
         stream.write(page.encode())
+
+
+def truth_is_tsdf(summary: dict[str, Any]) -> str:
+    """How many shapes were scored against their own TSDF, in words."""
+    return f"the TSDF itself was the truth of {summary['n_truth_tsdf']} of {summary['n']} shapes"
 
 
 def _tiles(summary: dict[str, Any]) -> str:
