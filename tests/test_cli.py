@@ -339,9 +339,11 @@ def test_bad_resolution_is_a_usage_error(model_folder, mesh_file, tmp_path):
 def test_evaluate_writes_its_tables(model_folder, mesh_file, tmp_path):
     from trellis.geometry.sdf import mesh_to_sparse_sdf
     from trellis.utils.io_utils import save_sparse_sdf
+    from trellis.utils.mesh_utils import write_mesh
 
     data = tmp_path / "data"
     save_sparse_sdf(data / "sparse_sdf" / f"{'a' * 64}_r32.npz", mesh_to_sparse_sdf(*box(), 32))
+    write_mesh(data / "meshes" / f"{'a' * 64}.ply", *box(), mesh_space="RAS")
     (data / "metadata.csv").write_text(f"sha256,label,patient_id,split,error\n{'a' * 64},box,p,test,\n")
     out = tmp_path / "eval"
     result = run("evaluate", model_folder, data, "-o", out, "--device", "cpu", "--worst", 0)

@@ -315,6 +315,20 @@ def test_empty_prediction_counts_as_the_worst():
     assert row["euler_match"] and row["volume_error_ml"] == 0
 
 
+def test_shapes_between_voxel_centres_have_no_overlap_to_count():
+    """A plate and a speck that no voxel centre is inside of: nothing is perfect that was not measured."""
+    plate, speck, solid = box((0, 0, 0), (10, 10, 0.05)), ball(0.01, (3, 3, 1), 1), ball(3.0, (5, 5, 0), 2)
+    for pred, want in ((None, 0), (solid, 0), (plate, None), (speck, None)):
+        row = evaluate_pair(pred, plate, 64, num_samples=100)
+        assert (row["dice"], row["iou"]) == (want, want), "0 where one is empty or has voxels, else no figure"
+        assert row["hd_mm"] > 0 or pred is plate
+    assert evaluate_pair(plate, None, 64, to_world=frame(20.0))["dice"] == 0
+    assert evaluate_pair(None, None, 64)["dice"] == 1
+    rows = [evaluate_pair(pred, truth, 64, num_samples=100) for pred, truth in ((plate, plate), (None, plate))]
+    summary = summarise(rows)
+    assert summary["dice"]["n"] == 1 and summary["dice"]["mean"] == 0 and summary["hd_mm"]["n"] == 2
+
+
 def test_rows_are_plain_seeded_and_never_nan():
     pred, truth = ball(9.0, subdivisions=2), ball(10.0, subdivisions=2)
     row = evaluate_pair(pred, truth, 32, num_samples=1000, seed=3)
@@ -362,7 +376,11 @@ def test_dice_blocks_counts_the_union_and_enclosed_blocks():
     corner = SparseSDFBlocks(index[1:], full[1:], None, 32)  # the first block touches the border: outside
     assert dice_blocks(corner, solid) == pytest.approx(2 * 26 / 53)
     outside = SparseSDFBlocks(index[:1], -full[:1], None, 32)
-    assert dice_blocks(outside, solid) == 0 and dice_blocks(outside, outside) == 1
+    assert dice_blocks(outside, solid) == 0
+    assert dice_blocks(outside, outside) is None, "blocks without an inside: a shape between the voxel centres"
+    nothing = SparseSDFBlocks(index[:0], full[:0], None, 32)
+    assert dice_blocks(nothing, outside) == dice_blocks(outside, nothing) == dice_blocks(nothing, solid) == 0
+    assert dice_blocks(nothing, nothing) == 1
     with pytest.raises(ValueError, match="resolution"):
         dice_blocks(solid, SparseSDFBlocks(index, full, None, 64))
 

@@ -79,6 +79,9 @@ def test_one_sided_and_both_empty():
     assert metrics_on_source_grid(nothing, empty)["dice_source"] == 1
     row = metrics_on_source_grid(box_mesh((0.5,) * 3, (3.5,) * 3, AFFINE), empty)
     assert row["dice_source"] == 0 and row["volume_error_source_fraction"] == 1
+    between = box_mesh((0.2,) * 3, (0.4,) * 3, AFFINE)  # no voxel centre is inside
+    assert metrics_on_source_grid(between, empty)["dice_source"] == 0
+    assert metrics_on_source_grid(between, source)["dice_source"] == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1])

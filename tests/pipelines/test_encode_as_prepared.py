@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from pipeline_shapes import ellipsoid_blocks
 
 from trellis.pipelines.batch import encode_many
 from trellis.pipelines.shape_inputs import InputOptions
 from trellis.pipelines.token_files import load_tokens
 from trellis.preparation.prepare import prepare_dataset
+from trellis.utils.io_utils import save_sparse_sdf
 from trellis.utils.mesh_utils import write_mesh
 
 AFFINE = np.array([[-1.1, 0.2, 0, 40.0], [0.2, 1.3, 0, -25.0], [0, 0, 2.0, 7.0], [0, 0, 0, 1]])
@@ -115,6 +118,97 @@ def test_other_settings_make_other_tokens(tokenizer, data_root, tmp_path):
     (tokens,) = second.values()
     assert tokens.frame == "fixed-mm:50" and tokens.to_world[0, 0] == 50
     assert tokenizer.decode(tokens).frame == "fixed-mm:50"
+
+
+def of_label(found: dict, label: str):
+    (tokens,) = [tokens for tokens in found.values() if tokens.label == label]
+    return tokens
+
+
+def no_work(monkeypatch) -> None:
+    """From here on computing a distance field, or reading the values of a prepared one, is an error."""
+
+    def never(*_, **__):
+        raise AssertionError("nothing has to be made to know that tokens are current")
+
+    monkeypatch.setattr("trellis.geometry.sdf.mesh_to_sparse_sdf", never)
+    monkeypatch.setattr("trellis.pipelines.shape_inputs.load_sparse_sdf", never)
+
+
+def test_tokens_of_a_folder_that_was_prepared_otherwise_are_made_again(tokenizer, data_root, tmp_path, monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    options = {"resolutions": (32,), "workers": 0, "progress": False}
+    prepare_dataset(data_root, data, **options)
+    encoded(tokenizer, [data], out)
+    prepare_dataset(data_root, data, frame="fixed-mm:60", **options)
+    outcome, tokens = encoded(tokenizer, [data], out)
+    assert len(outcome.written) == 5 and {t.frame for t in tokens.values()} == {"fixed-mm:60"}
+    assert all(t.to_world[0, 0] == 60 for t in tokens.values())
+    files = sorted((data / "sparse_sdf").glob("*.npz"))
+    assert len(encoded(tokenizer, files, out)[0].skipped) == 5, "a file is the folder's shape"
+    no_work(monkeypatch)
+    assert len(encoded(tokenizer, [data], out)[0].skipped) == 5
+
+
+def test_tokens_in_a_cube_that_has_grown_are_made_again(tokenizer, data_root, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    options = {"resolutions": (32,), "workers": 0, "progress": False, "frame": "patient"}
+    prepare_dataset(data_root, data, **options)
+    _, before = encoded(tokenizer, [data], out)
+    vertices, faces = octahedron()
+    write_mesh(data_root / "p3" / "jaw.stl", vertices * 2, faces)
+    prepare_dataset(data_root, data, **options)
+    outcome, after = encoded(tokenizer, [data], out)
+    assert len(outcome.written) == 2 and len(outcome.skipped) == 4, "the new shape, and that of the same patient"
+    old, new = of_label(before, "tooth.v2"), of_label(after, "tooth.v2")
+    assert new.prep_hash == old.prep_hash and new.to_world[0, 0] > 1.5 * old.to_world[0, 0]
+    np.testing.assert_array_equal(new.to_world, of_label(after, "jaw").to_world)
+
+
+def test_a_prepared_file_says_whose_it_is_and_where(tokenizer, tmp_path):
+    """Each field that tokens take from a prepared file, changed alone; files of schema 1 have few of them."""
+    blocks = ellipsoid_blocks()
+    path, out = tmp_path / "data" / "x_r32.npz", tmp_path / "out"
+    save_sparse_sdf(path, blocks)
+    encoded(tokenizer, [path.parent], out, split="train")
+    moved = blocks.to_world.copy()
+    moved[0, 3] += 1e-9
+    for change in (
+        {"patient_id": "p"}, {"prep_hash": "h"}, {"frame": "patient"}, {"label_value": 3}, {"label_value": None},
+        {"to_world": moved}, {"block_index": blocks.block_index[1:], "block_sdf": blocks.block_sdf[1:]},
+    ):  # fmt: skip
+        blocks = dataclasses.replace(blocks, **change)
+        save_sparse_sdf(path, blocks)
+        for given, done in (([path.parent], "written"), ([path.parent], "skipped"), ([path], "skipped")):
+            outcome, _ = encoded(tokenizer, given, out)
+            assert len(getattr(outcome, done)) == 1, (change, given)
+    save_sparse_sdf(path, blocks, schema=1)
+    outcome, tokens = encoded(tokenizer, [path.parent], out)
+    assert len(outcome.written) == 1 and next(iter(tokens.values())).to_world is None
+    assert len(encoded(tokenizer, [path.parent], out)[0].skipped) == 1
+    path.write_bytes(b"PK damaged")
+    assert len(encoded(tokenizer, [path.parent], out)[0].failures) == 1, "tokens do not hide that their shape is gone"
+
+
+def test_names_that_were_swapped_are_other_shapes(tokenizer, tmp_path, monkeypatch):
+    volume, out = save(tmp_path / "seg.nii.gz", two_labels()), tmp_path / "out"
+    table = tmp_path / "seg.csv"
+    table.write_text("value,name\n2,liver\n7,spleen\n")
+    _, before = encoded(tokenizer, [volume], out)
+    table.write_text("value,name\n2,spleen\n7,liver\n")
+    outcome, after = encoded(tokenizer, [volume], out)
+    assert len(outcome.written) == 2 and list(before) == list(after)
+    assert [of_label(found, "liver").label_value for found in (before, after)] == [2, 7]
+    np.testing.assert_array_equal(of_label(before, "liver").to_world, of_label(after, "spleen").to_world)
+    with monkeypatch.context() as patch:
+        no_work(patch)
+        assert len(encoded(tokenizer, [volume], out)[0].skipped) == 2
+    # regions: the same name and value, of other voxels
+    table.unlink()
+    for values, done in (([2, 7], 1), ([2, 9], 1), ([2, 9], 0)):
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organs": values}}))
+        outcome, _ = encoded(tokenizer, [volume], out)
+        assert len(outcome.written) == done and not outcome.failures
 
 
 def test_what_does_not_work_is_told(tokenizer, data_root, tmp_path):

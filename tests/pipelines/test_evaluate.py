@@ -9,16 +9,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import trimesh
 from pipeline_shapes import ellipsoid_blocks
 
 from trellis.geometry.isosurface import extract_mesh
+from trellis.geometry.sdf import mesh_to_sparse_sdf
 from trellis.geometry.source_grid import SourceMask, load_source_mask, save_source_mask
 from trellis.pipelines import evaluate
 from trellis.pipelines.evaluate import CodeCounts, evaluate_dataset, figures_of, table
 from trellis.pipelines.scoring import OF_TRUTH, Pair, score_pair, worst_row
 from trellis.preparation.prepare import prepare_dataset
-from trellis.utils.io_utils import save_sparse_sdf
-from trellis.utils.mesh_utils import write_mesh
+from trellis.utils.io_utils import load_sparse_sdf, save_sparse_sdf
+from trellis.utils.mesh_utils import read_mesh, write_mesh
 
 AXES = {"a": (0.475, 0.3, 0.22), "b": (0.25, 0.475, 0.35), "c": (0.4, 0.4, 0.475), "d": (0.475, 0.2, 0.4)}
 
@@ -173,6 +175,50 @@ def test_field_without_a_surface_counts_as_the_worst():
     assert row["hd95_mm"] == pytest.approx(100 * np.sqrt(3))
 
 
+@pytest.fixture
+def plate(tmp_path):
+    """TSDF at 32 and true surface of 40 x 40 x 0.1 mm, which no voxel centre is inside of."""
+    box = trimesh.creation.box(bounds=[(10, 20, 30), (50, 60, 30.1)])
+    mesh = np.array(box.vertices, dtype=float), np.array(box.faces)
+    write_mesh(tmp_path / "plate.ply", *mesh, mesh_space="RAS")
+    return replace(mesh_to_sparse_sdf(*mesh, 32), label="sheet"), tmp_path / "plate.ply"
+
+
+def test_nothing_is_perfect_on_a_shape_between_voxel_centres(plate):
+    """No reconstruction, an arbitrary one without a surface, and none at all of a TSDF that is empty itself."""
+    blocks, path = plate
+    pair = Pair("s", "l", "p", blocks, blocks, path, {})
+    for each in (pair, replace(pair, decoded=None, failed=True), replace(pair, decoded=None)):
+        row = score_pair(each, 200)
+        assert row["dice"] == row["iou"] == row["dice_blocks"] == row["dice_tsdf"] == row["dice_blocks_tsdf"] == 0
+        assert row["pred_is_empty"] and not row["truth_is_empty"] and row["hd_voxels"] > 32
+    row = score_pair(replace(pair, truth=None), 200)
+    assert row["truth_is_empty"] and row["dice"] == 1 and row["dice_blocks"] is None
+    row = score_pair(replace(pair, truth=None, decoded=None, failed=True), 200)
+    assert row["dice"] == row["dice_blocks"] == 0 and row["hd_voxels"] > 32, "what failed is never perfect"
+    thick = replace(blocks, block_sdf=np.clip(blocks.block_sdf - np.float16(0.2), -1, 1))
+    assert score_pair(replace(pair, decoded=thick), 200)["dice"] == 0
+
+
+def test_figures_that_do_not_exist_are_left_out(tokenizer, dataset, plate, tmp_path, monkeypatch):
+    """A reconstruction that lies between the voxel centres too: blank Dice, counted distances, and a page."""
+    blocks, path = plate
+    sha = "c" * 64
+    save_sparse_sdf(dataset / "sparse_sdf" / f"{sha}_r32.npz", blocks)
+    (dataset / "meshes" / f"{sha}.ply").write_bytes(path.read_bytes())
+    decode, thin = tokenizer.decode, read_mesh(path, mesh_space="RAS")
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: blocks if tokens.label == "sheet" else decode(tokens))
+    monkeypatch.setattr(
+        "trellis.geometry.isosurface.extract_mesh",
+        lambda given: (thin.vertices + (0, 0, 0.01), thin.faces) if given.label == "sheet" else extract_mesh(given),
+    )
+    summary = evaluate_dataset(tokenizer, dataset, tmp_path / "eval", num_samples=500, worst=9)
+    row = {row["sha256"][0]: row for row in read_csv(tmp_path / "eval" / "metrics.csv")}["c"]
+    assert row["dice"] == row["iou"] == row["dice_blocks"] == row["dice_tsdf"] == "" and float(row["hd95_mm"]) < 0.02
+    assert summary["dice"]["n"] == summary["dice_blocks"]["n"] == 3 and summary["hd95_mm"]["n"] == 4
+    assert "Dice - (TSDF -)" in (tmp_path / "eval" / "report.html").read_text()
+
+
 def test_shape_without_a_place_has_no_millimetres():
     blocks = replace(ellipsoid_blocks(), to_world=None)
     row = score_pair(Pair("s", "l", "p", blocks, blocks, None, {}), 500)
@@ -217,6 +263,46 @@ def test_what_fails_counts_as_the_worst_and_is_named(tokenizer, dataset, tmp_pat
     assert sorted((row["id"][0], row["stage"]) for row in errors) == [("b", "read"), ("c", "score"), ("d", "encode")]
     assert "3 of 4 shapes failed" in table(summary) and "1 of them could not be read" in table(summary)
     assert (out / "report.html").read_text().count("data:image/png") == 4, "pictures of what did not fail"
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_a_truth_that_is_not_there_is_a_failure(tokenizer, dataset, tmp_path, with_model):
+    """Of one shape, then of all, as when meshes/ was not copied: the TSDF never takes its place unannounced."""
+    model, out = tokenizer if with_model else None, tmp_path / "eval"
+    (dataset / "meshes" / f"{'c' * 64}.ply").unlink()
+    summary = evaluate_dataset(model, dataset, out, num_samples=500, worst=9)
+    assert (summary["n"], summary["n_failed"], summary["n_failed_unread"], summary["n_truth_tsdf"]) == (4, 1, 0, 0)
+    rows = {row["sha256"][0]: row for row in read_csv(out / "metrics.csv")}
+    assert rows["c"]["error"] and rows["c"]["dice"] == rows["c"]["dice_blocks"] == "0.0" and not rows["c"]["dice_tsdf"]
+    assert float(rows["c"]["hd95_mm"]) == pytest.approx(100 * np.sqrt(3)), "the cube is known, and so the worst"
+    assert {row["truth"] for name, row in rows.items() if name != "c"} == {"mesh"}
+    (error,) = read_csv(out / "errors.csv")
+    assert (error["id"], error["stage"]) == ("c" * 64, "read")
+    assert error["reason"].startswith(f"meshes/{'c' * 64}.ply: no such file")
+    assert "1 of 4 shapes failed" in table(summary) and "could not be read" not in table(summary)
+    for path in (dataset / "meshes").glob("*.ply"):
+        path.unlink()
+    summary = evaluate_dataset(model, dataset, out, num_samples=500, worst=9)
+    assert summary["n_failed"] == 4 and summary["dice"]["mean"] == 0 and "dice" not in summary["ceiling"]
+
+
+def test_shapes_that_never_had_a_truth_are_counted(tokenizer, dataset, tmp_path):
+    """A folder without metadata.csv, and a file without a place in the world, of which no mesh in mm is a truth."""
+    path = dataset / "sparse_sdf" / f"{'a' * 64}_r32.npz"
+    save_sparse_sdf(path, load_sparse_sdf(path), schema=1)
+    summary = evaluate_dataset(None, dataset, tmp_path / "eval", num_samples=200, worst=0)
+    assert (summary["n_failed"], summary["n_truth_tsdf"]) == (0, 1)
+    assert "the TSDF itself was the truth of 1 of 4 shapes" in table(summary)
+    assert "the TSDF itself was the truth of 1 of 4 shapes" in (tmp_path / "eval" / "report.html").read_text()
+    (dataset / "metadata.csv").unlink()
+    (dataset / "meshes").rename(tmp_path / "elsewhere")
+    for model in (tokenizer, None):
+        summary = evaluate_dataset(model, dataset, tmp_path / "eval", split="all", num_samples=200, worst=0)
+        assert (summary["n"], summary["n_failed"], summary["n_truth_tsdf"]) == (5, 0, 5)
+    (tmp_path / "elsewhere").rename(dataset / "meshes")
+    summary = evaluate_dataset(None, dataset, tmp_path / "eval", split="all", num_samples=200, worst=0)
+    assert summary["n_truth_tsdf"] == 1 and summary["dice"]["mean"] < 1
+    assert "the TSDF itself was the truth of" in table(summary)
 
 
 def test_a_shape_that_fails_twice_is_one(tokenizer, dataset, tmp_path, monkeypatch):

@@ -171,6 +171,43 @@ def test_no_name_leaves_the_sources(hospital, tmp_path):
     assert not found, "\n".join(found)
 
 
+def encode(inputs: list[Path], out: Path) -> subprocess.CompletedProcess:
+    """Encode with a small untrained model that is made for it."""
+    code = (
+        "import sys; from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE as Model\n"
+        "from trellis.models.pretrained import save_pretrained\n"
+        "options = dict(model_channels=64, latent_channels=8, num_blocks=1, num_embeddings=32, mlp_ratio=2.0)\n"
+        "save_pretrained(Model(resolution=64, **options), sys.argv[2])\n"
+        "from trellis.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "encode", str(out.parent / "model"), *map(str, inputs), "-o", str(out)]
+    command += ["--resolution", "32"]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=200)
+
+
+def test_encoding_keeps_names_to_itself_too(hospital, tmp_path):
+    """No text of a header is anywhere, on the terminal neither; names of paths are not in what is written."""
+    out = tmp_path / "out"
+    bad = hospital / f"{FOLDERS[2]}_John"
+    inputs = [p for p in sorted(hospital.rglob("*")) if p.is_dir() and any(f.is_file() for f in p.iterdir())]
+    broken = tmp_path / FOLDERS[0] / "sparse_sdf" / "x_r32.npz"  # a prepared folder below a name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"PK" + HEADERS[19].encode())
+    done = encode([*inputs, broken.parent.parent], out)
+    assert done.returncode == 1, done.stderr
+    assert len(list(out.glob("*.safetensors"))) > 10, done.stderr
+    rows = (out / "errors.csv").read_text().splitlines()
+    assert len(rows) > 20 and all(row.count("<source>") for row in rows[1:]), rows
+    found = leaks(out, "", FOLDERS + HEADERS) + leaks(out, done.stdout + done.stderr, HEADERS[:19])
+    assert not found, "\n".join(found)
+    words = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(words) == len(rows) - 1 and any(f"{bad / 'a.ply'}: not a readable .ply mesh" in line for line in words)
+    for line in words:
+        where, _, reason = line.removeprefix("failed: ").partition(": ")
+        assert str(tmp_path.parent) in where, "the user is told which file it is"
+        assert HEADERS[19] not in reason.replace(where, ""), line
+
+
 def test_names_that_were_asked_for_are_there(hospital, tmp_path):
     out = tmp_path / "out"
     done = prepare(hospital, out, "--keep-source-paths", "--keep-patient-ids")

@@ -18,7 +18,8 @@ Definitions, since tools differ:
 - `volume_error` is signed, prediction less truth.
 
 An empty prediction counts as the worst: overlaps and shares 0, distances the diagonal of the grid's cube. So does a
-prediction where the truth is empty. Where both are empty all is perfect. No value is ever NaN. Distances of a
+prediction where the truth is empty. Where both are empty all is perfect. Where neither is, and no voxel centre lies
+inside either (shapes thinner than a voxel), there is no Dice or IoU: None. No value is ever NaN. Distances of a
 prediction that is not empty are measured, never cut off; only one that leaves the cube can exceed the diagonal.
 """
 
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from trellis.geometry.block_complement import PaddedBlocks, inside_mask
-from trellis.geometry.rasterize import inside_runs, overlap, run_length
+from trellis.geometry.rasterize import dice_and_iou, inside_runs, overlap, run_length
 from trellis.geometry.surface_distance import ClosestTriangle, face_normals, sample_surface
 from trellis.geometry.transforms import check_to_world, normalising_transform, world_to_grid
 from trellis.utils.blocks import STORAGE_BLOCK, SparseSDFBlocks, check_resolution, morton_encode
@@ -65,8 +66,9 @@ def evaluate_pair(
         seed: of the samples; the same seed gives the same figures.
 
     Returns:
-        A flat dict of plain numbers and bools: dice, iou, hd_mm, hd95_mm, assd_mm, chamfer_mm (and the four in voxels),
-        chamfer_squared_grid, nsd_{t}mm, f_score_1voxel, precision_1voxel, recall_1voxel, normal_consistency,
+        A flat dict of plain numbers and bools: dice, iou (None where there is no voxel to count), hd_mm, hd95_mm,
+        assd_mm, chamfer_mm (and the four in voxels), chamfer_squared_grid, nsd_{t}mm, f_score_1voxel,
+        precision_1voxel, recall_1voxel, normal_consistency,
         volume_pred_ml, volume_truth_ml, volume_error_ml, volume_error_fraction (of the truth; 1 where only the truth is
         empty), euler_pred, euler_truth, euler_match, pred_is_empty, truth_is_empty.
 
@@ -150,14 +152,7 @@ def _overlap_metrics(pred: Mesh | None, truth: Mesh | None, frame: np.ndarray, r
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     a, b, both = run_length(*runs[0]), run_length(*runs[1]), overlap(*runs)
-    return _overlaps(a, b, both)
-
-
-def _overlaps(a: int, b: int, both: int) -> dict[str, Any]:
-    """Dice and IoU of two counts and their intersection; two empty sets agree."""
-    if a + b == 0:
-        return {"dice": 1.0, "iou": 1.0}
-    return {"dice": 2 * both / (a + b), "iou": both / (a + b - both)}
+    return dict(zip(("dice", "iou"), dice_and_iou(a, b, both, empty=(pred is None, truth is None))))
 
 
 def _empty_distances(both: bool, side_mm: float, tolerances: list[float]) -> dict[str, Any]:
@@ -274,10 +269,11 @@ def _chain(faces: np.ndarray, num_vertices: int) -> tuple[int, int]:
     return int(used.sum()) - len(first) + len(faces), int(np.count_nonzero(balance))
 
 
-def dice_blocks(pred: SparseSDFBlocks, truth: SparseSDFBlocks) -> float:
+def dice_blocks(pred: SparseSDFBlocks, truth: SparseSDFBlocks) -> float | None:
     """Dice of inside voxels over the voxels of the blocks that either shape has.
 
-    A block that one of them lacks takes the sign that `extract_mesh` gives it. 1 if neither has an inside there.
+    A block that one of them lacks takes the sign that `extract_mesh` gives it. Where neither has an inside there it is
+    1 if neither has a block, 0 if one has none, and None if both have blocks: shapes between the voxel centres.
     """
     if pred.resolution != truth.resolution:
         raise ValueError(f"pred and truth must have one resolution, got {pred.resolution} and {truth.resolution}")
@@ -288,10 +284,10 @@ def dice_blocks(pred: SparseSDFBlocks, truth: SparseSDFBlocks) -> float:
     for shape, key in zip((pred, truth), keys):
         inside = np.zeros((len(union), STORAGE_BLOCK**3), dtype=bool)
         at = np.searchsorted(union, key)
-        inside[at] = inside_mask(shape.block_sdf).reshape(len(key), -1)
+        inside[at] = inside_mask(shape.block_sdf).reshape(len(key), STORAGE_BLOCK**3)
         missing = np.ones(len(union), dtype=bool)
         missing[at] = False
         inside[missing] = PaddedBlocks(shape).missing_inside(coords[missing])[:, None]
         insides.append(inside)
     a, b, both = int(insides[0].sum()), int(insides[1].sum()), int((insides[0] & insides[1]).sum())
-    return _overlaps(a, b, both)["dice"]
+    return dice_and_iou(a, b, both, empty=(pred.num_blocks == 0, truth.num_blocks == 0))[0]

@@ -67,6 +67,19 @@ def overlap(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) 
     return int(np.diff(key[order])[depth == 2].sum())
 
 
+def dice_and_iou(a: int, b: int, both: int, *, empty: tuple[bool, bool]) -> tuple[float | None, float | None]:
+    """Dice and IoU of two shapes that hold `a` and `b` voxels, and `both` in common.
+
+    Args:
+        empty: whether each of the shapes is empty. Two empty shapes agree (1), one alone does not (0). Two that are
+            not, and pass between the voxel centres, have no figure: None.
+    """
+    if a + b:
+        return 2 * both / (a + b), both / (a + b - both)
+    figure = None if not any(empty) else float(all(empty))
+    return figure, figure
+
+
 def runs_to_mask(start: np.ndarray, stop: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """[X, Y, Z] bool of runs; for grids that a caller holds densely anyway."""
     line = shape[2] + 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trellis.geometry.rasterize import inside_runs, overlap, run_length
+from trellis.geometry.rasterize import dice_and_iou, inside_runs, overlap, run_length
 from trellis.utils.io_utils import atomic_write, read_npz
 
 Mesh = tuple[np.ndarray, np.ndarray]
@@ -120,7 +120,8 @@ def metrics_on_source_grid(mesh: Mesh, source: SourceMask) -> dict[str, Any]:
         mesh: (vertices [V, 3] RAS mm, faces [F, 3]), closed and outward; no faces for an empty one.
 
     Returns:
-        dice_source, iou_source, volume_error_source_ml (mesh less label), volume_error_source_fraction (of the label).
+        dice_source, iou_source (as `dice_and_iou` has them; a label without voxels is empty), volume_error_source_ml
+        (mesh less label), volume_error_source_fraction (of the label).
 
     Raises:
         ValueError: an open mesh.
@@ -141,11 +142,11 @@ def metrics_on_source_grid(mesh: Mesh, source: SourceMask) -> dict[str, Any]:
         faces = faces if np.linalg.det(matrix) > 0 else faces[:, ::-1]
         start, stop = inside_runs(voxels - low, faces, tuple(int(n) for n in high - low))
         inside, both = run_length(start, stop), overlap((start, stop), _runs(window))
-    total = inside + label
     error = inside - label
+    dice, iou = dice_and_iou(inside, label, both, empty=(len(faces) == 0, label == 0))
     return {
-        "dice_source": 2 * both / total if total else 1.0,
-        "iou_source": both / (total - both) if total else 1.0,
+        "dice_source": dice,
+        "iou_source": iou,
         "volume_error_source_ml": error * source.voxel_ml,
         "volume_error_source_fraction": error / label if label else float(np.sign(error)),
     }

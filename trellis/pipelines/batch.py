@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from trellis.pipelines.label_volume import (
 from trellis.pipelines.shape_inputs import InputOptions, ShapeInput, Source, sources_of
 from trellis.pipelines.token_files import TOKEN_SUFFIX, Tokens, load_tokens, read_token_metadata, save_tokens
 from trellis.pipelines.tokenizer import NO_SURFACE, SparseSDFTokenizer
-from trellis.preparation.privacy import scrub
+from trellis.preparation.privacy import hide_quoted, names_of, scrub
 from trellis.utils.io_utils import atomic_write, sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ class Failure:
     """A shape that could not be handled.
 
     Attributes:
-        source: the input as the user named it, for the terminal; it goes into no file.
-        id: the shape's sha256, or that of the input's content; stage: what failed; reason: one line.
+        source: the path of the input, for the terminal; it goes into no file.
+        id: the shape's sha256, or that of the input's content; stage: what failed.
+        reason: one line, for the terminal; `write_errors` keeps it without names.
     """
 
     source: str
@@ -77,8 +79,8 @@ def encode_many(
 ) -> Outcome:
     """Write `{sha256}_r{R}.safetensors` below `out` for every shape of the inputs.
 
-    A token file that is there, whole, of this model and made with these settings is kept. A shape that fails is
-    recorded in the outcome and in errors.csv, and the rest goes on.
+    A token file that is there, whole, of this model and of the shape as it is now is kept (see `ShapeInput`). A shape
+    that fails is recorded in the outcome and in errors.csv, and the rest goes on.
 
     Args:
         progress: called after each source. written: called after each file.
@@ -97,9 +99,9 @@ def encode_many(
                 continue
             try:
                 tokens = tokenizer.encode(shape.load(), label=shape.label, sha256=shape.sha256)
-                save_tokens(path, tokens)
+                save_tokens(path, replace(tokens, label_table=shape.label_table))
             except HANDLED as error:
-                outcome.failures.append(Failure(source.name, shape.sha256, "encode", one_line(error)))
+                outcome.failures.append(_failure_of_source(source.name, shape.sha256, "encode", error))
                 continue
             outcome.written.append(path)
             written(shape, path)
@@ -113,7 +115,13 @@ def _shapes_of(source: Source, outcome: Outcome) -> Iterator[ShapeInput]:
     try:
         yield from source.shapes()
     except HANDLED as error:
-        outcome.failures.append(Failure(source.name, _content_id(source.name), "read", one_line(error)))
+        outcome.failures.append(_failure_of_source(source.name, _content_id(source.name), "read", error))
+
+
+def _failure_of_source(source: str, identity: str, stage: str, error: BaseException) -> Failure:
+    """A failure without the words of the file that it trips over: they may be a patient's, and terminals are logged."""
+    logger.debug("%s", source, exc_info=error)
+    return Failure(source, identity, stage, hide_quoted(one_line(error)))
 
 
 def _content_id(name: str) -> str:
@@ -124,17 +132,22 @@ def _content_id(name: str) -> str:
 
 
 def _is_done(path: Path, shape: ShapeInput, tokenizer: SparseSDFTokenizer) -> bool:
+    """Whether a token file is there, whole, of this model and of the shape as it is now; nothing is computed for it."""
     if not path.is_file():
         return False
     try:
         tokens = load_tokens(path)
     except ValueError:
         return False
-    if shape.prep_hash is not None and shape.prep_hash != tokens.prep_hash:
+    if (tokens.model_hash, tokens.sha256, tokens.resolution, tokens.label_table) != (
+        tokenizer.model_hash, shape.sha256, shape.resolution, shape.label_table,
+    ):  # fmt: skip
         return False
-    return (tokens.model_hash, tokens.sha256, tokens.resolution) == (
-        tokenizer.model_hash, shape.sha256, shape.resolution,
-    )  # fmt: skip
+    try:
+        told = shape.told()
+    except HANDLED:
+        return False  # loading the shape then says what is wrong
+    return all(np.array_equal(getattr(tokens, name), value) for name, value in told.items())
 
 
 def token_paths(inputs: Sequence[str | Path], patient: str | None = None) -> list[Path]:
@@ -341,7 +354,10 @@ def _decode_one(
 
 
 def write_errors(out: Path, failures: Sequence[Failure]) -> None:
-    """errors.csv with id, stage, reason; an older one goes away when there is nothing to record."""
+    """errors.csv with id, stage, reason; an older one goes away when there is nothing to record.
+
+    Reasons lose the names of files and of the folders they are in, and what they quote, as those of a preparation do.
+    """
     path = out / ERRORS_NAME
     if not failures:
         path.unlink(missing_ok=True)
@@ -358,12 +374,13 @@ def write_errors(out: Path, failures: Sequence[Failure]) -> None:
 
 
 def _without_names(failure: Failure) -> str:
-    """The reason without the source's path, nor those of files in it where it is a folder of slices or masks."""
-    reason, path = failure.reason.replace(failure.source, "<source>"), Path(failure.source)
-    return scrub(reason, [p.name for p in path.iterdir()]) if path.is_dir() else reason
+    path = Path(failure.source)
+    files = [path, *path.iterdir()] if path.is_dir() else [path]  # a folder of slices or masks
+    above = Path(os.path.abspath(path)).parent.parent
+    return hide_quoted(scrub(failure.reason, [name for file in files for name in names_of(file, above)]))
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's message, or its type's name."""
-    lines = str(error).strip().splitlines()
+    """First line of an error's message, of `UnreadableFile` the one without a library's words; or its type's name."""
+    lines = str(getattr(error, "public", error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ import numpy as np
 
 from trellis.geometry.metrics_summary import bits_per_shape, summarise, summarise_by
 from trellis.pipelines.batch import HANDLED, Failure, Progress, one_line, write_errors
-from trellis.pipelines.report import Case, worst_rows, write_report
+from trellis.pipelines.report import Case, truth_is_tsdf, worst_rows, write_report
 from trellis.pipelines.scoring import TOLERANCES_MM, TSDF_SUFFIX, Pair, score_pairs, true_surface, worst_row
 from trellis.pipelines.token_files import Tokens
 from trellis.pipelines.tokenizer import SparseSDFTokenizer
@@ -34,6 +34,7 @@ IN_GROUPS = ("dice", "dice_blocks", "hd95_mm", "assd_mm", "volume_error_fraction
 """Metrics that summary.json has for each label and patient, beside the surface Dice at each tolerance; labels.csv and
 patients.csv have all."""
 FAILED = {"error": "see errors.csv"}
+NO_TRUTH = "no such file: metadata.csv lists the shape, whose true surface this is"
 
 
 def evaluate_dataset(
@@ -53,13 +54,14 @@ def evaluate_dataset(
 
     labels.csv and patients.csv have every metric for each label and each patient.
 
-    Truth is `meshes/{sha256}.ply`, the surface that the TSDF was made from. Where a dataset has none, the TSDF's own
-    surface takes its place (`truth` is "tsdf" in metrics.csv). Shapes that came from labels are also compared with the
-    label on its own voxels, `masks/{sha256}.npz` (`dice_source` and others of `trellis.geometry.source_grid`). Shapes
-    without `to_world` get no figures in mm. A shape whose field has no surface counts as the worst value (see
-    `trellis.geometry.metrics`). So does one that cannot be encoded or scored, which is in errors.csv and in `n_failed`.
-    One whose prepared file cannot be read is there too and in `n_failed_unread`; it counts with Dice 0, and its
-    distances are unknown.
+    Truth is `meshes/{sha256}.ply`, the surface that the TSDF was made from. A shape of metadata.csv without one fails.
+    Where none is to be expected (a folder without metadata.csv) or it cannot be placed (no `to_world`), the TSDF's own
+    surface takes its place: `truth` is "tsdf" in metrics.csv, and `n_truth_tsdf` counts them. Shapes that came from
+    labels are also compared with the label on its own voxels, `masks/{sha256}.npz` (`dice_source` and others of
+    `trellis.geometry.source_grid`). Shapes without `to_world` get no figures in mm. A shape whose field has no surface
+    counts as the worst value (see `trellis.geometry.metrics`). So does one that cannot be encoded or scored or lost
+    its truth, which is in errors.csv and in `n_failed`. One whose prepared file cannot be read is there too and in
+    `n_failed_unread`; it counts with Dice 0, and its distances are unknown.
 
     Args:
         tokenizer: the model; None scores the TSDF itself.
@@ -82,9 +84,12 @@ def evaluate_dataset(
     data, out = Path(data), Path(out)
     resolution = resolution or (tokenizer.resolution if tokenizer else None) or _only_resolution(data)
     dataset = SparseSDF(data, resolution=resolution, split=split)
+    items = {item.sha256: item for item in dataset.items}
     failures: list[Failure] = []
     codes = CodeCounts(tokenizer.codebook_size if tokenizer else 0)
     rows: list[dict[str, Any]] = []
+    unread: list[str] = []
+    is_listed = (data / "metadata.csv").is_file()
 
     def pairs() -> Iterator[Pair]:
         for item in dataset.items:
@@ -93,20 +98,25 @@ def evaluate_dataset(
             except HANDLED as error:
                 failures.append(Failure(str(item.path), item.sha256, "read", one_line(error)))
                 rows.append(_unread_row(data, item))
+                unread.append(item.sha256)
+                continue
+            if is_listed and blocks.to_world is not None and not _truth_file(data, item.sha256).is_file():
+                failures.append(Failure(str(item.path), item.sha256, "read", f"meshes/{item.sha256}.ply: {NO_TRUTH}"))
+                as_worst = worst_row(_pair(item, blocks, None, data, {}), tolerances_mm)
+                rows.append({**_identity(item), **as_worst, **FAILED})
                 continue
             try:
                 yield _reconstruct(tokenizer, item, blocks, data, codes)
             except HANDLED as error:
-                failures.append(Failure(item.sha256, item.sha256, "encode", one_line(error)))
+                failures.append(Failure(str(item.path), item.sha256, "encode", one_line(error)))
                 yield replace(_pair(item, blocks, None, data, {}), failed=True)
 
     for pair, score in score_pairs(pairs(), workers, num_samples, tolerances_mm):
-        identity = {"sha256": pair.sha256, "label": pair.label, "patient_id": pair.patient_id}
         try:
-            rows.append({**identity, **score(), **(FAILED if pair.failed else {})})
+            rows.append({**_identity(pair), **score(), **(FAILED if pair.failed else {})})
         except HANDLED as error:
-            failures.append(Failure(pair.sha256, pair.sha256, "score", one_line(error)))
-            rows.append({**identity, **worst_row(pair, tolerances_mm), **FAILED})
+            failures.append(Failure(str(items[pair.sha256].path), pair.sha256, "score", one_line(error)))
+            rows.append({**_identity(pair), **worst_row(pair, tolerances_mm), **FAILED})
         progress(len(rows), len(dataset.items))
     progress(len(dataset.items), len(dataset.items))
     rows.sort(key=lambda row: row["sha256"])
@@ -115,7 +125,8 @@ def evaluate_dataset(
     summary = {
         "n": len(rows),
         "n_failed": len({failure.id for failure in failures}),
-        "n_failed_unread": sum(failure.stage == "read" for failure in failures),
+        "n_failed_unread": len(unread),
+        "n_truth_tsdf": sum(row.get("truth") == "tsdf" for row in rows),
         "n_not_prepared": len(dataset.refused),
         "split": split,
         "resolution": resolution,
@@ -132,7 +143,6 @@ def evaluate_dataset(
         write_group_table(out / name, key, groups[key])
     write_errors(out, failures)
     write_json(out / SUMMARY_NAME, summary)
-    items = {item.sha256: item for item in dataset.items}
     shown = worst_rows(rows, worst)
     # Decoded once more: keeping the meshes of a whole split would take memory in proportion to it.
     cases = [_case(row, tokenizer, items[row["sha256"]], data) for row in shown]
@@ -162,7 +172,7 @@ def _reconstruct(
 def _pair(
     item: Item, blocks: SparseSDFBlocks, decoded: SparseSDFBlocks | None, data: Path, figures: dict[str, float]
 ) -> Pair:
-    truth, mask = data / "meshes" / f"{item.sha256}.ply", _mask_file(data, item.sha256)
+    truth, mask = _truth_file(data, item.sha256), _mask_file(data, item.sha256)
     placed = blocks.to_world is not None
     return Pair(
         item.sha256, item.label, item.patient_id, blocks, decoded, token_figures=figures,
@@ -177,14 +187,21 @@ def token_figures(tokens: Tokens) -> dict[str, float]:
     return bits_per_shape(tokens.ids, tokens.codebook_size, tokens.block_index) | codes.figures()
 
 
+def _identity(shape: Item | Pair) -> dict[str, Any]:
+    return {"sha256": shape.sha256, "label": shape.label, "patient_id": shape.patient_id}
+
+
+def _truth_file(data: Path, sha256: str) -> Path:
+    return data / "meshes" / f"{sha256}.ply"
+
+
 def _mask_file(data: Path, sha256: str) -> Path:
     return data / "masks" / f"{sha256}.npz"
 
 
 def _unread_row(data: Path, item: Item) -> dict[str, Any]:
     """A shape whose prepared file cannot be read: no overlap; the size of its cube, and so distances, are unknown."""
-    row = {"sha256": item.sha256, "label": item.label, "patient_id": item.patient_id}
-    row |= dict.fromkeys(("dice", "iou", "dice_blocks"), 0.0)
+    row = _identity(item) | dict.fromkeys(("dice", "iou", "dice_blocks"), 0.0)
     row |= {"dice_source": 0.0, "iou_source": 0.0} if _mask_file(data, item.sha256).is_file() else {}
     return {**row, **FAILED}
 
@@ -242,6 +259,8 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(f"{summary['n_failed']} of {summary['n']} shapes failed (errors.csv) and count as the worst")
     if summary["n_failed_unread"]:
         rows.append(f"{summary['n_failed_unread']} of them could not be read: Dice 0, and no distance to count")
+    if summary["n_truth_tsdf"]:
+        rows.append(truth_is_tsdf(summary))
     return "\n".join(rows)
 
 

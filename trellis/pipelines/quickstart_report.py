@@ -122,19 +122,19 @@ def read_shapes(data: Path, resolution: int) -> list[Shape]:
     ]  # fmt: skip
 
 
-def mesh_dice(blocks: SparseSDFBlocks, truth: tuple[np.ndarray, np.ndarray]) -> float:
+def mesh_dice(blocks: SparseSDFBlocks, truth: tuple[np.ndarray, np.ndarray]) -> float | None:
     """Dice of the surface of `blocks` against a true surface, as `trellis-vqvae evaluate` counts it."""
     from trellis.geometry.isosurface import extract_mesh
     from trellis.geometry.metrics import evaluate_pair
 
     frame = np.eye(4) if blocks.to_world is None else blocks.to_world
     # the surface samples serve the distances, which are not looked at here
-    return float(evaluate_pair(extract_mesh(blocks), truth, blocks.resolution, to_world=frame, num_samples=1)["dice"])
+    return evaluate_pair(extract_mesh(blocks), truth, blocks.resolution, to_world=frame, num_samples=1)["dice"]
 
 
 def score_nulls(
     shapes: Sequence[Shape], data: Path, codes: int, seed: int = 0
-) -> tuple[dict[str, dict[str, float]], str]:
+) -> tuple[dict[str, dict[str, float | None]], str]:
     """Dice of both null models on every test shape, `{sha256: {null: dice}}`, and a remark on the k-means.
 
     Raises:
@@ -150,7 +150,7 @@ def score_nulls(
         f"{len(fit.inertia)} iterations{'' if fit.converged else ', not converged'}"
     )
     inside = {shape.sha256: dense_inside(shape.blocks) for shape in shapes if shape.split in ("train", "test")}
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float | None]] = {}
     for shape in shapes:
         if shape.split != "test":
             continue
@@ -194,15 +194,15 @@ def make_report(data: str | Path, evaluation: str | Path, tokens: str | Path, *,
     codes = int(summary["codebook_size"])
     scores, note = score_nulls(shapes, data, codes)
     for row in rows:
-        row.update({name: str(value) for name, value in scores[row["sha256"]].items()})
+        row.update({name: "" if value is None else str(value) for name, value in scores[row["sha256"]].items()})
     _write_rows(evaluation / "metrics.csv", rows)
     labels = sorted({row["label"] for row in rows})
     lines = [_line(label, [row for row in rows if row["label"] == label]) for label in labels]
     report = Report(lines, _line("all", rows), len(used), codes, note)
     for name in NULLS:
-        summary[name] = _spread([float(row[name]) for row in rows])
+        summary[name] = _spread([float(row[name]) for row in rows if row[name]])
         for label, group in summary["labels"].items():
-            group[name] = _spread([float(row[name]) for row in rows if row["label"] == label])
+            group[name] = _spread([float(row[name]) for row in rows if row["label"] == label and row[name]])
     summary["codes_used"] = len(used)
     write_json(evaluation / "summary.json", summary)
     return report
@@ -210,12 +210,14 @@ def make_report(data: str | Path, evaluation: str | Path, tokens: str | Path, *,
 
 def _line(name: str, rows: Sequence[dict[str, str]]) -> Line:
     columns = ("dice_tsdf", "dice", *NULLS)
-    # a shape that failed has no ceiling; its Dice of 0 counts all the same
+    # a shape that failed has no ceiling, and its Dice of 0 counts all the same; one between voxel centres has neither
     means = [np.mean([float(row[c]) for row in rows if row.get(c)]) for c in columns]
     return Line(name, len(rows), *(float(value) for value in means))
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return dict.fromkeys(("mean", "median", "p05", "p95"))
     low, median, high = np.percentile(values, (5, 50, 95))
     return {"mean": float(np.mean(values)), "median": float(median), "p05": float(low), "p95": float(high)}
 

@@ -97,7 +97,12 @@ class Case:
 def worst_rows(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Up to `count` rows that were scored in mm and did not fail, the lowest Dice first; ties by HD95."""
     scored = [row for row in rows if row.get("hd95_mm") is not None and not row.get("error")]
-    return sorted(scored, key=lambda row: (row["dice"], -row["hd95_mm"]))[:count]
+    return sorted(scored, key=lambda row: (*_by_dice(row), -row["hd95_mm"]))[:count]
+
+
+def _by_dice(row: dict[str, Any]) -> tuple[bool, float]:
+    """To sort by Dice; shapes that have none come last."""
+    return row["dice"] is None, row["dice"] or 0.0
 
 
 def write_report(
@@ -106,6 +111,8 @@ def write_report(
     """Write the page atomically. It loads nothing: style, script and pictures are inside it."""
     what = "the TSDF itself" if summary["baseline"] else "reconstruction from tokens"
     facts = [f"split {summary['split']}", f"{summary['resolution']} cubed"]
+    if summary.get("n_truth_tsdf"):
+        facts.append(truth_is_tsdf(summary))
     if summary["model_hash"]:
         facts.append(f"model {summary['model_hash'][:12]}")
     body = [
@@ -136,6 +143,11 @@ def write_report(
     )
     with atomic_write(path) as stream:
         stream.write(page.encode())
+
+
+def truth_is_tsdf(summary: dict[str, Any]) -> str:
+    """How many shapes were scored against their own TSDF, in words."""
+    return f"the TSDF itself was the truth of {summary['n_truth_tsdf']} of {summary['n']} shapes"
 
 
 def _tiles(summary: dict[str, Any]) -> str:
@@ -208,7 +220,7 @@ def _shapes_table(rows: Sequence[dict[str, Any]]) -> str:
         if any(f"{name}{TSDF_SUFFIX}" in row for row in rows):
             columns.append((f"{name}{TSDF_SUFFIX}", TSDF, pattern))
     lines = []
-    for row in sorted(rows, key=lambda row: row["dice"]):
+    for row in sorted(rows, key=_by_dice):
         cells = []
         for name, _, pattern in columns:
             value = row.get(name)
@@ -261,10 +273,8 @@ def _worst_cases(cases: Sequence[Case], n_failed: int) -> str:
     for case, (on_truth, on_pred) in zip(cases, distances):
         row = case.row
         title = f"{row['label'] or 'shape'} {row['sha256'][:12]}"
-        figures = (
-            f"Dice {row['dice']:.4f} (TSDF {row['dice_tsdf']:.4f}), HD95 {row['hd95_mm']:.3f} mm, "
-            f"ASSD {row['assd_mm']:.3f} mm"
-        )
+        dice, ceiling = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("dice", "dice_tsdf"))
+        figures = f"Dice {dice} (TSDF {ceiling}), HD95 {row['hd95_mm']:.3f} mm, ASSD {row['assd_mm']:.3f} mm"
         pictures = _pictures(case, on_truth, on_pred, limit)
         shown = "".join(
             f'<figure><img alt="{escape(title)}: {name}" src="data:image/png;base64,{data}">'

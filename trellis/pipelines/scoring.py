@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -52,16 +54,44 @@ def score_pairs(
         for pair in pairs:
             yield pair, lambda pair=pair: score_pair(pair, num_samples, tolerances_mm)
         return
-    # spawn: a forked child would share the parent's CUDA context and thread pools
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting: list[tuple[Pair, Future]] = []
+    pool = _pool(workers)
+    try:
+        waiting: list[tuple[Pair, Callable[[], dict[str, Any]]]] = []
         for pair in pairs:
-            waiting.append((pair, pool.submit(score_pair, pair, num_samples, tolerances_mm)))
+            given = (pair, num_samples, tolerances_mm)
+            try:
+                future = pool.submit(score_pair, *given)
+            except BrokenProcessPool:  # a process of it was ended: those that wait are scored alone, and say which it was
+                pool.shutdown(wait=False)
+                pool = _pool(workers)
+                future = pool.submit(score_pair, *given)
+            waiting.append((pair, partial(_result, future, *given)))
             if len(waiting) > 2 * workers:  # bounds the shapes that are in memory at once
-                first, future = waiting.pop(0)
-                yield first, future.result
-        for pair, future in waiting:
-            yield pair, future.result
+                yield waiting.pop(0)
+        yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # spawn: a forked child would share the parent's CUDA context and thread pools
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def _result(future: Future, pair: Pair, *given: Any) -> dict[str, Any]:
+    """The row of a pair; once more in a process of its own where one that scored pairs was ended.
+
+    Raises:
+        RuntimeError: that one was ended too. Else as `score_pair`.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        with _pool(1) as alone:
+            try:
+                return alone.submit(score_pair, pair, *given).result()
+            except BrokenProcessPool:
+                raise RuntimeError("the process that scored it was ended, for want of memory perhaps") from None
 
 
 def score_pair(
@@ -69,10 +99,11 @@ def score_pair(
 ) -> dict[str, Any]:
     """The row of one shape: metrics of the reconstruction, and those of the TSDF with `_tsdf` behind the name.
 
-    A shape that failed has an empty reconstruction. Figures in mm and ml are None for one without `to_world`.
+    A shape that failed has an empty reconstruction, and counts as the worst even where the truth is empty too. Figures
+    in mm and ml are None for one without `to_world`, and overlaps where there is no voxel to count.
     """
     from trellis.geometry.isosurface import extract_mesh
-    from trellis.geometry.metrics import dice_blocks, evaluate_pair
+    from trellis.geometry.metrics import dice_blocks, evaluate_pair, worst_metrics
     from trellis.geometry.source_grid import load_source_mask, metrics_on_source_grid
 
     blocks = pair.blocks
@@ -82,19 +113,21 @@ def score_pair(
     options = {"to_world": frame, "num_samples": num_samples, "tolerances_mm": tolerances_mm}
     source = None if pair.mask is None else load_source_mask(pair.mask)
 
-    def scores(mesh: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        on_grid = {} if source is None else metrics_on_source_grid(mesh, source)
-        return evaluate_pair(mesh, truth, blocks.resolution, **options) | on_grid
+    def scores(mesh: tuple[np.ndarray, np.ndarray], in_blocks: float | None) -> dict[str, Any]:
+        row = evaluate_pair(mesh, truth, blocks.resolution, **options)
+        row["dice_blocks"] = 0.0 if row["pred_is_empty"] and not row["truth_is_empty"] else in_blocks
+        return row if source is None else row | metrics_on_source_grid(mesh, source)
 
-    ceiling = {**scores(tsdf), "dice_blocks": 1.0}
+    ceiling = scores(tsdf, 1.0 if (blocks.block_sdf < 0).any() else None)  # what `dice_blocks` has for equal shapes
     row: dict[str, Any] = {"truth": "tsdf" if pair.truth is None else "mesh", "num_blocks": blocks.num_blocks}
     row |= pair.token_figures
     if pair.failed:
-        row |= {**scores((np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64))), "dice_blocks": 0.0}
+        row |= scores((np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64)), 0.0)
+        row |= worst_metrics(blocks.resolution, float(frame[0, 0]), tolerances_mm)
     elif pair.decoded is None:
         row |= ceiling
     else:
-        row |= {**scores(extract_mesh(pair.decoded)), "dice_blocks": dice_blocks(pair.decoded, blocks)}
+        row |= scores(extract_mesh(pair.decoded), dice_blocks(pair.decoded, blocks))
     row |= {f"{name}{TSDF_SUFFIX}": value for name, value in ceiling.items() if name not in OF_TRUTH}
     return _as_placed(row, blocks)
 

@@ -6,17 +6,19 @@ import dataclasses
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trellis.preparation.label_tables import LabelNames
+from trellis.preparation.privacy import hide_quoted
 from trellis.preparation.settings import PrepareSettings
 from trellis.utils.blocks import BAND_VOXELS, SparseSDFBlocks, check_resolution
-from trellis.utils.io_utils import load_sparse_sdf, sha256_of_file
+from trellis.utils.io_utils import load_sparse_sdf, load_sparse_sdf_header, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,10 @@ class InputOptions:
             min_component_ml=self.min_component_ml, frame=self.frame, device=self.device,
         )  # fmt: skip
 
+    def told(self) -> dict[str, Any]:
+        """What tokens of a mesh or volume say of these options, see `ShapeInput`."""
+        return {"prep_hash": self.settings().prep_hash, "frame": self.frame}
+
 
 @dataclass(frozen=True)
 class ShapeInput:
@@ -96,7 +102,9 @@ class ShapeInput:
     Attributes:
         source: the input that it comes from, for messages; sha256, label: its identity; resolution: voxels per side.
         load: reads or computes its blocks; ValueError where that cannot be done.
-        prep_hash: of the settings that it is made with; None where only its file says.
+        told: fields of its tokens, by name, as far as they are known without making the shape: token files that say
+            otherwise are of another one. Reads little, and computes nothing; ValueError where it cannot.
+        label_table: digest of the table of label names that it was found with, see `Tokens`.
     """
 
     source: str
@@ -104,7 +112,8 @@ class ShapeInput:
     label: str
     resolution: int
     load: Callable[[], SparseSDFBlocks]
-    prep_hash: str | None = None
+    told: Callable[[], Mapping[str, Any]]
+    label_table: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,12 +237,16 @@ def _prepared_folder(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
 
     dataset = SparseSDF(path, resolution=options.required_resolution(), split=options.split)
     for item in dataset.items:
-        yield ShapeInput(item.sha256, item.sha256, item.label, dataset.resolution, partial(load_sparse_sdf, item.path))
+        yield ShapeInput(
+            str(item.path), item.sha256, item.label, dataset.resolution, partial(load_sparse_sdf, item.path),
+            partial(load_sparse_sdf_header, item.path),
+        )  # fmt: skip
 
 
 def _prepared_file(path: Path) -> Iterator[ShapeInput]:
     blocks = load_sparse_sdf(path)
-    yield ShapeInput(path.name, identity_of_prepared(path), blocks.label, blocks.resolution, lambda: blocks)
+    told = partial(load_sparse_sdf_header, path)
+    yield ShapeInput(path.name, identity_of_prepared(path), blocks.label, blocks.resolution, lambda: blocks, told)
 
 
 def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
@@ -249,13 +262,13 @@ def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
 
     label = options.label if options.label is not None else mesh_stem(path)
     identity = shape_id(sha256_of_file(path), label)
-    yield ShapeInput(str(path), identity, label, options.required_resolution(), load, options.settings().prep_hash)
+    yield ShapeInput(str(path), identity, label, options.required_resolution(), load, options.told)
 
 
 def _volume(
     path: Path, files: Sequence[Path], options: InputOptions, names: LabelNames | None
 ) -> Iterator[ShapeInput]:
-    from trellis.preparation.label_tables import find_table, read_table
+    from trellis.preparation.label_tables import digest_of, find_table, read_table
     from trellis.preparation.surfaces import Surfaces, shapes_of_volume
     from trellis.preparation.tasks import content_hash, shape_id
 
@@ -265,7 +278,7 @@ def _volume(
         table = find_table(path, path.parent, problems)
         names = read_table(table) if table is not None else {}
         for problem in problems:
-            logger.warning("%s: %s", path, problem)
+            logger.warning("%s: %s", path, hide_quoted(problem))
     shapes = shapes_of_volume(path, options.settings(), names)
     if not shapes.labels and not shapes.unread:
         wanted, present = list(options.labels or ()), list(shapes.present[:20])
@@ -277,7 +290,7 @@ def _volume(
         if not made:  # all labels at once, and only when one of them is not done yet
             made.append(shapes.surfaces())
             for note in made[0].notes:
-                logger.warning("%s: %s", path, note)
+                logger.warning("%s: %s", path, hide_quoted(note))
         try:
             if label in made[0].failures:
                 raise made[0].failures[label]
@@ -288,8 +301,8 @@ def _volume(
 
     for label in shapes.labels:
         yield ShapeInput(
-            f"{path}, label {label}", shape_id(content, label), label, resolution, partial(load, label),
-            options.settings().prep_hash,
+            f"{path}, label {label}", shape_id(content, label), label, resolution, partial(load, label), options.told,
+            label_table=digest_of(names) if names else "",
         )  # fmt: skip
     if shapes.unread:  # the shapes of the other masks are done by now
         raise ValueError(f"{path}: {'; '.join(str(error) for error in shapes.unread.values())}")

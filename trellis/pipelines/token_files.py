@@ -41,6 +41,7 @@ class Tokens:
         prep_hash: of the settings that the shape was prepared with; empty where that is not known.
         patient_id: as the prepared file has it (a pseudonym unless names were asked for); empty where it is not known.
         label_value: the label's number in the volume that it came from; None where there is none or it is not known.
+        label_table: digest of the table that named the labels of that volume; empty without a volume or a table.
     """
 
     ids: np.ndarray
@@ -57,6 +58,7 @@ class Tokens:
     prep_hash: str = ""
     patient_id: str = ""
     label_value: int | None = None
+    label_table: str = ""
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
@@ -118,6 +120,8 @@ def save_tokens(path: str | Path, tokens: Tokens) -> None:
         metadata["patient_id"] = tokens.patient_id
     if tokens.label_value is not None:
         metadata["label_value"] = str(tokens.label_value)
+    if tokens.label_table:
+        metadata["label_table"] = tokens.label_table
     data = save(arrays, metadata=metadata)
     with atomic_write(path) as stream:
         stream.write(data)
@@ -180,6 +184,7 @@ def load_tokens(path: str | Path) -> Tokens:
             prep_hash=metadata.get("prep_hash", ""),
             patient_id=metadata.get("patient_id", ""),
             label_value=_integer(metadata, "label_value") if "label_value" in metadata else None,
+            label_table=metadata.get("label_table", ""),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

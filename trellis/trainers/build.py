@@ -106,6 +106,7 @@ def build_trainer(options: RunOptions, ranks: Ranks, device: torch.device) -> Tr
     output = Path(options.output_dir)
     objective = SparseSDFVQVAEObjective(model, args, device=device, speaks=ranks.is_first)
     metadata = {"class": config.model.name, "args": config.model.args, "model": config.model_name}
+    metadata["resolution"] = config.dataset.args["resolution"]
     trainer = Trainer(
         args, objective, config.model_name, model, dataset, output, ranks=ranks, device=device, metadata=metadata
     )

@@ -11,7 +11,7 @@ import re
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -170,16 +170,44 @@ def load_sparse_sdf(path: str | Path, *, convert_unsigned: bool = False) -> Spar
         ValueError: the file is not a readable npz, a field is missing or malformed; names file, rule and value.
     """
     path = Path(path)
-    try:
-        fields = read_npz(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # damaged headers make numpy and zipfile raise anything, TokenError to RuntimeError
-        raise ValueError(f"{path}: not a readable sparse SDF npz: {_short(error)}") from None
-    try:
+    fields = _read_fields(path)
+    with _naming(path, fields):
         if "schema_version" in fields:
             return _from_schema_2(fields)
         return _from_schema_1(fields, convert_unsigned)
+
+
+def load_sparse_sdf_header(path: str | Path) -> dict[str, Any]:
+    """The fields of `SparseSDFBlocks`, save label and block_sdf, of an npz whose values are not read.
+
+    A file of schema 1 holds little but values, and is read whole.
+
+    Raises:
+        ValueError: as `load_sparse_sdf`, which checks more.
+    """
+    path = Path(path)
+    fields = _read_fields(path, (*_HEADER, "schema_version"))
+    if "schema_version" not in fields:
+        blocks = load_sparse_sdf(path)
+        return {name: getattr(blocks, name) for name in _HEADER}
+    with _naming(path, fields):
+        return _header(fields)
+
+
+def _read_fields(path: Path, only: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    try:
+        return read_npz(path, only)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # damaged headers make numpy and zipfile raise anything, TokenError to RuntimeError
+        raise unreadable(f"{path}: not a readable sparse SDF npz", error, _short(error)) from None
+
+
+@contextmanager
+def _naming(path: Path, fields: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """What is wrong with the fields of a file becomes a ValueError that names it."""
+    try:
+        yield
     except KeyError as error:
         raise ValueError(f"{path}: field {error} is missing; fields present: {sorted(fields)[:12]}") from None
     except (ValueError, TypeError, OverflowError) as error:
@@ -192,8 +220,10 @@ def _short(error: Exception) -> str:
     return words if len(words) <= 1000 else words[:1000] + " ..."
 
 
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz archive. Nothing is unpickled, and no header makes it reserve more than the file holds.
+def read_npz(path: str | Path, only: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an .npz archive, all or those of some names that are there.
+
+    Nothing is unpickled, and no header makes it reserve more than the file holds.
 
     Raises:
         ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error: the file is not such an archive.
@@ -210,7 +240,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             with archive.open(info) as member:
                 check_npy_header(member, info.file_size, info.filename)
     with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return {name: arrays[name] for name in arrays.files if only is None or name in only}
 
 
 def check_npy_header(stream: IO[bytes], size: int, name: str) -> None:
@@ -225,22 +255,31 @@ def check_npy_header(stream: IO[bytes], size: int, name: str) -> None:
         raise ValueError(f"{name!r} announces {announced} bytes, shape {shape}, and holds {size - stream.tell()}")
 
 
-def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:
+_HEADER = (
+    "block_index", "to_world", "resolution", "band_voxels", "patient_id", "prep_hash", "frame", "label_value",
+)  # fmt: skip
+
+
+def _header(fields: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of `_HEADER` of a file of schema 2."""
     version = int(fields["schema_version"])
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {version}")
-    blocks = SparseSDFBlocks(
-        block_index=fields["block_index"],
-        block_sdf=fields["block_sdf"],
-        to_world=fields["to_world"],
-        resolution=int(fields["resolution"]),
-        band_voxels=int(fields["band_voxels"]),
-        label=str(fields.get("label", "")),
-        patient_id=str(fields.get("patient_id", "")),
-        prep_hash=str(fields.get("prep_hash", "")),
-        frame=str(fields.get("frame", "shape")),
-        label_value=int(fields["label_value"]) if "label_value" in fields else None,
-    )
+    return {
+        "block_index": fields["block_index"],
+        "to_world": fields["to_world"],
+        "resolution": int(fields["resolution"]),
+        "band_voxels": int(fields["band_voxels"]),
+        "patient_id": str(fields.get("patient_id", "")),
+        "prep_hash": str(fields.get("prep_hash", "")),
+        "frame": str(fields.get("frame", "shape")),
+        "label_value": int(fields["label_value"]) if "label_value" in fields else None,
+    }
+
+
+def _from_schema_2(fields: dict[str, np.ndarray]) -> SparseSDFBlocks:
+    header = _header(fields)
+    blocks = SparseSDFBlocks(block_sdf=fields["block_sdf"], label=str(fields.get("label", "")), **header)
     if not within_unit_interval(blocks.block_sdf):
         raise ValueError("block_sdf must lie in [-1, 1] without NaN")
     index = blocks.block_index
