@@ -93,6 +93,9 @@ def test_every_problem_is_in_one_message():
         ({"fp16_mode": "inflate_all"}, "did you mean 'inflat_all'?"),
         ({"finetune_ckpt": 3}, "finetune_ckpt: must be"),
         ({"i_print": 0}, "i_print: must be null or at least 1"),
+        ({"seed": 10**20}, "seed: must be below 2**63, got 100000000000000000000"),
+        ({"lambda_vq": 10**400}, "lambda_vq: must be a number, got 1000"),
+        ({"ema_rate": [0.5, 10**400]}, "ema_rate: must be a number or a list"),
     ],
 )
 def test_trainer_rules(change: dict, message: str):
@@ -109,6 +112,30 @@ def test_trainer_rules(change: dict, message: str):
 )
 def test_shapes_that_are_no_config(raw):
     with pytest.raises(ConfigError):
+        parse_config(raw, signatures=CLASSES)
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "a b", "../a", "\u00e9", "a\n", "x" * 129])
+def test_a_model_name_is_part_of_file_names(name: str):
+    raw = base()
+    raw["models"] = {name: raw["models"]["vqvae"]}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw, signatures=CLASSES)
+    assert len(caught.value.problems) == 1
+    assert "models: a name becomes part of file names and must be" in str(caught.value)
+
+
+def test_usual_model_names_and_seeds_are_taken():
+    raw = base()
+    raw["models"] = {"vq-vae_1.2": raw["models"]["vqvae"]}
+    raw["trainer"]["args"]["seed"] = 2**63 - 1
+    assert parse_config(raw, signatures=CLASSES).model_name == "vq-vae_1.2"
+
+
+def test_numbers_of_models_beyond_floats_are_problems():
+    raw = base()
+    raw["models"]["vqvae"]["args"]["mlp_ratio"] = 10**400
+    with pytest.raises(ConfigError, match="mlp_ratio: must be a number"):
         parse_config(raw, signatures=CLASSES)
 
 

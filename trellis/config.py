@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from trellis.utils.typed_json import check_call, did_you_mean, from_json, report
 MODEL_CLASSES = ("SparseSDFVQVAE",)
 DATASET_CLASSES = ("SparseSDF",)
 TRAINER_CLASSES = ("SparseSDF_VQVAETrainer",)
+SEED_END = 2**63
+"""The generators of PyTorch and NumPy take seeds below it, with what is added for each rank."""
+_FILE_NAME_PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 class InputError(ValueError):
@@ -129,6 +133,7 @@ class TrainerArgs:
             rule(value is None or value >= 1, key, "at least 1" if key == "batch_split" else "null or at least 1")
         for key in ("lambda_vq", "lambda_commitment", "lambda_extra", "fp16_scale_growth", "num_samples", "seed"):
             rule(getattr(self, key) >= 0, key, "at least 0")
+        rule(self.seed < SEED_END, "seed", "below 2**63")
         rule(self.num_workers is None or self.num_workers >= 0, "num_workers", "null or at least 0")
         rule(self.max_memory_gb is None or self.max_memory_gb > 0, "max_memory_gb", "null or above 0")
         rule(all(0 <= r < 1 for r in self.ema_rates), "ema_rate", "in [0, 1)")
@@ -212,6 +217,11 @@ def parse_config(
         problems.append(f"models: exactly one {{name: {{name, args}}}} is needed, got {show(entries)}")
     else:
         for name, entry in entries.items():
+            if not _FILE_NAME_PART.fullmatch(name):
+                problems.append(
+                    f"models: a name becomes part of file names and must be 1 to 128 of A-Z a-z 0-9 _ . -, "
+                    f"got {show(name)}"
+                )
             models[name] = _named(entry, f"models.{name}", MODEL_CLASSES, problems)
     dataset = _named(raw.get("dataset"), "dataset", DATASET_CLASSES, problems)
     trainer = _named(raw.get("trainer"), "trainer", TRAINER_CLASSES, problems)

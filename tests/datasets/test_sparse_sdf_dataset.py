@@ -309,6 +309,27 @@ def test_bad_metadata_is_refused(root, tmp_path):
     assert [item.sha256 for item in SparseSDF(root, resolution=64).items] == ["bb"]
 
 
+@pytest.mark.parametrize("split", ["Train", "valid", "train ", "all"])
+@pytest.mark.parametrize("wanted", ["train", "all"])
+def test_a_split_of_another_name_is_refused(tmp_path, shape, split, wanted):
+    """Its shapes would belong to nothing, and nobody would hear of it."""
+    write_dataset(tmp_path, {"aa": shape, "bb": shape}, {"bb": split})
+    with pytest.raises(ValueError, match=f"metadata.csv, line 3: split must be one of train, val, test.*got '{split}'"):
+        SparseSDF(tmp_path, resolution=64, split=wanted)
+
+
+def test_shapes_of_no_split_are_counted_aloud(tmp_path, shape, caplog):
+    """Preparation leaves the split empty for patients that a given table does not name."""
+    write_dataset(tmp_path, {"aa": shape, "bb": shape}, {"bb": ""})
+    assert [item.sha256 for item in SparseSDF(tmp_path, resolution=64).items] == ["aa"]
+    assert "1 shapes have an empty split and belong to none" in caplog.text
+    assert len(SparseSDF(tmp_path, resolution=64, split="all")) == 2
+    caplog.clear()
+    (tmp_path / "metadata.csv").write_text("sha256,label\naa,x\nbb,x\n")
+    assert len(SparseSDF(tmp_path, resolution=64)) == 2
+    assert "no column split" in caplog.text and "empty split" not in caplog.text
+
+
 def test_a_patient_in_two_splits_is_an_error(tmp_path, shape):
     write_dataset(tmp_path, {"aa": shape, "bb": shape}, {"bb": "test"})  # both of patient p
     with pytest.raises(ValueError, match="patient p is in two splits"):

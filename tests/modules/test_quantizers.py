@@ -80,6 +80,33 @@ def test_moving_average_follows_its_formula_over_micro_batches():
     torch.testing.assert_close(quantizer.codebook, total / count[:, None])
 
 
+def test_a_code_whose_average_has_faded_stays_and_comes_back():
+    """0.5^20 is below the least count: from there on an unused code keeps its place, until a row falls on it again."""
+    quantizer = VectorQuantizer(3, 2, use_ema_update=True, ema_decay=0.5, reseed_after=0)
+    before = torch.tensor([[0.0, 0], [10, 0], [0, 10]])
+    quantizer.codebook.copy_(before)
+    quantizer.ema_sum.copy_(before)
+    for step in range(200):
+        quantizer(before[:1] + torch.tensor([[1.0, 1.0]]))
+        quantizer.commit(step)
+    assert (quantizer.ema_count[1:] < 1e-6).all()
+    torch.testing.assert_close(quantizer.codebook[1:], before[1:])
+    torch.testing.assert_close(quantizer.codebook[0], torch.ones(2))
+    quantizer(torch.tensor([[9.0, 0]]))
+    quantizer.commit(200)
+    torch.testing.assert_close(quantizer.codebook[1], torch.tensor([9.0, 0]))
+
+
+def test_codes_above_the_least_count_are_the_plain_quotient():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 3, use_ema_update=True, ema_decay=0.7, reseed_after=0)
+    for step in range(9):
+        quantizer(torch.randn(20, 3))
+        quantizer.commit(step)
+        assert (quantizer.ema_count >= 1e-6).all()
+        assert torch.equal(quantizer.codebook, quantizer.ema_sum / quantizer.ema_count.clamp_min(1e-6)[:, None])
+
+
 @pytest.mark.parametrize("absent", [("ema_count", "ema_sum"), ("ema_count",), ("ema_sum",)])
 def test_a_codebook_without_its_averages_starts_them_from_it(absent):
     """A commit then moves a code by its rows' share, as after k-means, and a code without rows not at all."""
@@ -229,6 +256,8 @@ def test_bad_arguments_are_named():
         VectorQuantizer(4, 2, gradient="gumbel")
     with pytest.raises(ValueError, match="num_embeddings"):
         VectorQuantizer(1, 2)
+    with pytest.raises(ValueError, match="reseed_after must be at least 0"):
+        VectorQuantizer(4, 2, reseed_after=-1)
     with pytest.raises(ValueError, match=r"rows must be \[N, 2\]"):
         VectorQuantizer(4, 2)(torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"ids must lie in \[0, 4\)"):

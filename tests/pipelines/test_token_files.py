@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from trellis.pipelines import batch
 from trellis.pipelines.token_files import Tokens, load_tokens, read_token_metadata, save_tokens, tensors_hash
 
 
@@ -189,3 +190,12 @@ def test_hash_depends_on_every_part():
     assert len(hashes) == 6
     assert tensors_hash(dict(reversed(base.items()))) == tensors_hash(base)
     assert tensors_hash({**base, "a": base["a"].t().contiguous().t()}) == tensors_hash(base)
+
+
+@pytest.mark.timeout(30)
+def test_many_token_files_are_looked_through_once(tmp_path, monkeypatch):
+    """Each stem compared with each other one would take minutes."""
+    paths = [tmp_path / f"{i:05d}.safetensors" for i in range(30_000)]
+    monkeypatch.setattr(batch, "token_paths", lambda *_: [*paths, tmp_path / "sub" / paths[7].name])
+    with pytest.raises(ValueError, match="two token files have the stem '00007'"):
+        batch.decode_many(None, [tmp_path], tmp_path / "out", file_format="stl")

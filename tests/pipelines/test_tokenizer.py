@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pipeline_shapes import small_model
+from pipeline_shapes import MODEL_ARGS, small_model
 
 from trellis.models.autoencoders.split_decode import PartSizes, parts_within
 from trellis.pipelines import checkpoints
 from trellis.pipelines.token_files import load_tokens, save_tokens
 from trellis.pipelines.tokenizer import SparseSDFTokenizer, model_hash, resolve_device, to_float16
+from trellis.trainers.checkpoint import save_checkpoint
 from trellis.utils.blocks import SparseSDFBlocks
 from trellis.utils.io_utils import save_sparse_sdf
 
@@ -138,6 +140,28 @@ def test_shape_without_blocks_is_refused(tokenizer, blocks):
         tokenizer.encode(empty)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (torch.float16, "made in float16, are not finite.*compute_dtype=torch.float32 or torch.bfloat16.*--device cpu"),
+        (torch.float32, "made in float32, are not finite.*the weights or the field are not usable"),
+    ],
+)
+def test_latents_that_are_not_finite_are_no_tokens(tokenizer, blocks, monkeypatch, dtype, words):
+    real = tokenizer.model.encode
+
+    def encode(batch):
+        found = real(batch)
+        found["mean"][1, 2] = torch.inf
+        found["mean"][2] = torch.nan
+        return found
+
+    monkeypatch.setattr(tokenizer.model, "encode", encode)
+    monkeypatch.setattr(type(tokenizer.model), "compute_dtype", dtype)
+    with pytest.raises(ValueError, match=f"the latents of 2 of {blocks.num_blocks} blocks, {words}"):
+        tokenizer.encode(blocks)
+
+
 def test_rounding_keeps_the_side():
     values = torch.tensor([-1e-9, 1e-9, 0.0, -0.5, 0.99999, -1e-4])
     half = to_float16(values)
@@ -212,6 +236,43 @@ def test_config_that_does_not_fit_its_weights(run_folder):
     path.unlink()
     with pytest.raises(ValueError, match="config.json"):
         SparseSDFTokenizer.from_pretrained(run_folder, device="cpu")
+
+
+def write_own(run_folder: Path, model, metadata: dict) -> Path:
+    """A third checkpoint, whose weights files say what they are."""
+    weights = dict(model.state_dict())
+    return save_checkpoint(run_folder / "ckpts", "vqvae", 60, weights, {0.99: weights}, {"step": 60}, metadata)
+
+
+def test_weights_that_say_their_own_arguments_are_read_by_these(run_folder, model, blocks):
+    """A later start with another config rewrites config.json; what the weights mean stays."""
+    write_own(run_folder, model, {"class": "SparseSDFVQVAE", "args": MODEL_ARGS, "model": "vqvae"})
+    path = run_folder / "config.json"
+    config = json.loads(path.read_text())
+    expected = SparseSDFTokenizer(model, resolution=32).encode(blocks).ids
+    changed = {"name": "SparseSDFVQVAE", "args": {**MODEL_ARGS, "window_size": 2}}
+    for models in ({"vqvae": changed}, {"other": changed}):
+        path.write_text(json.dumps({**config, "models": models}))
+        for source in (run_folder, run_folder / "ckpts" / "vqvae_step0000060.safetensors"):
+            found = checkpoints.find_model(source)
+            assert found.args == MODEL_ARGS and found.resolution == 32
+            tokenizer = SparseSDFTokenizer.from_pretrained(source, device="cpu")
+            np.testing.assert_array_equal(tokenizer.encode(blocks).ids, expected)
+
+
+def test_what_weights_say_of_themselves(run_folder, model):
+    own = {"class": "SparseSDFVQVAE", "args": MODEL_ARGS}
+    write_own(run_folder, model, {**own, "resolution": 64})
+    assert checkpoints.find_model(run_folder).resolution == 64
+    write_own(run_folder, model, {**own, "class": "Other"})
+    with pytest.raises(ValueError, match="class in its metadata must be SparseSDFVQVAE, got 'Other'"):
+        checkpoints.find_model(run_folder)
+    write_own(run_folder, model, {"args": 3})
+    assert checkpoints.find_model(run_folder).args == MODEL_ARGS  # of config.json
+    (run_folder / "config.json").unlink()
+    write_own(run_folder, model, own)
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        checkpoints.find_model(run_folder)
 
 
 def test_hub_is_asked_only_for_what_is_no_path(monkeypatch, tokenizer, tmp_path):

@@ -299,6 +299,8 @@ def test_wrong_input_exits_with_2_and_is_not_retried(tmp_path: Path, prepared: P
         (("--ckpt", "7"), "no such checkpoint"),
         (("--set", "dataset.args.resolution=500"), "resolution must be a multiple of 8"),
         (("--set", "models.vqvae.args.model_channels=100"), "must be a positive multiple of 64, got 100"),
+        (("--set", "models.vqvae.args.mlp_ratio=-1"), "mlp_ratio must give the MLP over 64 channels"),
+        (("--set", "models.vqvae.args.latent_channels=0"), "latent_channels must be at least 1, got 0"),
         (("--set", "trainer.args.optimizer.name=Lion"), "trainer.args.optimizer.name: must be one of"),
     ]:
         code, output = train(path, prepared, tmp_path / "run", *options)

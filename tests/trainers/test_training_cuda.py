@@ -78,7 +78,7 @@ def test_a_step_waits_for_the_device_once(tmp_path: Path, prepared: Path, cuda_d
         trainer.run(max_steps=12, after_step=count)
     waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
     # amp reads its scale for the log and asks once more whether the gradient is finite, after the one wait
-    assert len(waits) <= (3 if mode == "amp" else 1), waits
+    assert len(waits) in ((1, 2, 3) if mode == "amp" else (1,)), waits
 
 
 @pytest.mark.gpu
@@ -108,7 +108,7 @@ def test_nccl_with_one_rank_changes_nothing(tmp_path: Path, prepared: Path, cuda
 def test_two_gpus_are_one_with_the_joint_batch(tmp_path: Path, prepared: Path, cuda_device: str):
     if torch.cuda.device_count() < 2:
         pytest.fail(f"this test needs two GPUs, there are {torch.cuda.device_count()} (-k 'not two_gpus' skips it)")
-    logs, books = {}, []
+    losses, norms, books = {}, {}, []
     for gpus in (1, 2):
         # i_ddpcheck: after each step the two hold the same weights and codebook to the bit, or the run fails
         config = tiny_config(max_steps=5, batch_size=4, batch_size_per_gpu=None, i_ddpcheck=1)
@@ -117,9 +117,11 @@ def test_two_gpus_are_one_with_the_joint_batch(tmp_path: Path, prepared: Path, c
         command = [sys.executable, str(ROOT / "train.py"), *arguments, "--num_gpus", str(gpus)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-        logs[gpus] = [r["loss"] for r in read_log(tmp_path / str(gpus))]
+        records = read_log(tmp_path / str(gpus))
+        losses[gpus], norms[gpus] = [r["loss"] for r in records], [r["grad_norm"] for r in records]
         books.append(load_weights(find_checkpoint(tmp_path / str(gpus)).model)["quantizer.codebook"])
-    assert logs[2] == pytest.approx(logs[1], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+    assert norms[2] == pytest.approx(norms[1], rel=1e-2)
     # Adam moves a code by at most the learning rate, 1e-3, a step, whichever way rounding turns a gradient near 0.
     torch.testing.assert_close(*books, rtol=0, atol=5e-3)
 

@@ -370,6 +370,7 @@ def _items_of_metadata(root: Path, resolution: int, split: str) -> tuple[list[It
         raise ValueError(f"{root / 'metadata.csv'}: column sha256 is missing; columns present: {', '.join(columns)}")
     if "split" not in columns:
         logger.warning("%s has no column split: every shape counts as training data", root / "metadata.csv")
+    _check_splits(root, rows)
     _check_patients(root, rows)
     items, refused = [], []
     for number, row in enumerate(rows, start=2):
@@ -400,6 +401,21 @@ def _check_patients(root: Path, rows: Sequence[dict[str, str]]) -> None:
         if patient and split and splits.setdefault(patient, split) != split:
             both = f"{splits[patient]} and {split}"
             raise ValueError(f"{root / 'metadata.csv'}: patient {patient} is in two splits, {both}")
+
+
+def _check_splits(root: Path, rows: Sequence[dict[str, str]]) -> None:
+    """ValueError for a split of another name; shapes of no split, which preparation may leave, are counted aloud."""
+    without = 0
+    for number, row in enumerate(rows, start=2):
+        split = row.get("split", SPLITS[0])
+        if split and split not in SPLITS:
+            raise ValueError(
+                f"{root / 'metadata.csv'}, line {number}: split must be one of {', '.join(SPLITS)}, or empty for none "
+                f"of them, got {split!r}"
+            )
+        without += not split and not row.get("error")
+    if without:
+        logger.warning("%s: %d shapes have an empty split and belong to none", root / "metadata.csv", without)
 
 
 def _int(text: str | None, root: Path, line: int) -> int | None:

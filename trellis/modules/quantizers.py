@@ -17,6 +17,8 @@ SCORE_BYTES = 64 << 20
 MAX_POOL_ROWS = 1 << 16
 """Rows of a step that are kept as seeds for unused codes."""
 GRADIENTS = ("straight_through", "rotation")
+LEAST_EMA_COUNT = 1e-6
+"""Below this averaged number of rows a step a code keeps its place: its averages' quotient means nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+        if reseed_after < 0:
+            raise ValueError(f"reseed_after must be at least 0 (0: never), got {reseed_after}")
         self.num_embeddings, self.dim = num_embeddings, dim
         self.use_ema_update, self.ema_decay = use_ema_update, ema_decay
         self.gradient, self.reseed_after, self.seed = gradient, reseed_after, seed
@@ -306,7 +310,9 @@ class VectorQuantizer(nn.Module):
         if pending.sums is not None:
             self.ema_count.mul_(self.ema_decay).add_(pending.counts, alpha=1 - self.ema_decay)
             self.ema_sum.mul_(self.ema_decay).add_(pending.sums, alpha=1 - self.ema_decay)
-            self.codebook.copy_(self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None])
+            means = self.ema_sum / self.ema_count.clamp_min(LEAST_EMA_COUNT)[:, None]
+            unused = self.ema_count < LEAST_EMA_COUNT
+            self.codebook.copy_(torch.where(unused[:, None], self.codebook, means))
         self.unused_steps.add_(1)
         self.unused_steps.masked_fill_(pending.counts > 0, 0)
         return CommitReport(pending.counts, self._reseed(pending, step, wanted=reseed, order=order))

@@ -225,7 +225,7 @@ def decode_many(
         raise ValueError(f"--like and --spacing-mm belong to format nii.gz, got format {file_format!r}")
     out, outcome = Path(out), Outcome()
     paths = token_paths(inputs, patient)
-    twice = sorted({path.stem for path in paths if [p.stem for p in paths].count(path.stem) > 1})
+    twice = sorted(stem for stem, count in Counter(path.stem for path in paths).items() if count > 1)
     if twice:
         raise ValueError(f"two token files have the stem {twice[0]!r}: decode them into different folders")
     for done, path in enumerate(paths, start=1):

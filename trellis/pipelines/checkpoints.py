@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
@@ -102,8 +103,7 @@ def _of_checkpoint(folder: Path, checkpoint: Checkpoint, ema: bool) -> ModelSour
     if ema and checkpoint.ema:
         rate = max(checkpoint.ema, key=float)
         weights, what = checkpoint.ema[rate], f"{what}, averaged weights (EMA {rate})"
-    args, resolution = _run_config(folder / "config.json", checkpoint.model_name)
-    return ModelSource(weights, args, resolution, what)
+    return _of_weights(weights, folder / "config.json", checkpoint.model_name, what)
 
 
 def _of_file(path: Path, ema: bool) -> ModelSource:
@@ -117,8 +117,7 @@ def _of_file(path: Path, ema: bool) -> ModelSource:
     if match := _WEIGHTS.fullmatch(path.name):
         for config in (path.parent.parent / "config.json", path.parent / "config.json"):
             if config.is_file():
-                args, resolution = _run_config(config, match["model"])
-                return ModelSource(path, args, resolution, path.name)
+                return _of_weights(path, config, match["model"], path.name)
     config = path.parent / "config.json"
     if not config.is_file():
         raise ValueError(f"{path}: its config.json is neither beside it nor in the run folder above it")
@@ -136,19 +135,43 @@ def _published(folder: Path, weights: Path | None = None) -> ModelSource:
     return ModelSource(weights or folder / "model.safetensors", args, resolution, f"published model in {folder}")
 
 
-def _run_config(path: Path, model_name: str) -> tuple[dict[str, Any], int | None]:
-    """Model arguments and dataset resolution of a run's config.json."""
-    config = _read_json(path)
+def _of_weights(weights: Path, config_path: Path, model_name: str, what: str) -> ModelSource:
+    """A weights file of a run: as it says itself, else as the run's config.json, which a later start may change."""
+    config, own = _read_json(config_path), _own_metadata(weights)
+    if isinstance(own.get("args"), dict):
+        source, name, args = f"{weights}: class in its metadata", own.get("class"), own["args"]
+    else:
+        source, (name, args) = f"{config_path}: models.{model_name}.name", _model_of(config, config_path, model_name)
+    if name != SparseSDFVQVAE.__name__:
+        raise ValueError(f"{source} must be {SparseSDFVQVAE.__name__}, got {name!r}")
+    return ModelSource(weights, args, own.get("resolution", _resolution_of(config)), what)
+
+
+def _own_metadata(weights: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote beside the tensors; empty for a file without it, or one that cannot be read."""
+    try:
+        with safe_open(weights, framework="pt") as stream:
+            value = json.loads((stream.metadata() or {})["trellis_vqvae"])
+    except (OSError, KeyError, ValueError, RecursionError, SafetensorError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _model_of(config: dict[str, Any], path: Path, model_name: str) -> tuple[Any, dict[str, Any]]:
+    """Class name and arguments of a model in a run's config.json."""
     try:
         model = config["models"][model_name]
         name, args = model["name"], model.get("args", {})
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: holds no model {model_name!r} (models.{model_name}.name and .args)") from None
-    if name != SparseSDFVQVAE.__name__ or not isinstance(args, dict):
-        raise ValueError(f"{path}: models.{model_name}.name must be {SparseSDFVQVAE.__name__}, got {name!r}")
+    if not isinstance(args, dict):
+        raise ValueError(f"{path}: models.{model_name}.args must be an object, got {type(args).__name__}")
+    return name, args
+
+
+def _resolution_of(config: dict[str, Any]) -> int | None:
     dataset = config.get("dataset")
-    resolution = dataset.get("args", {}).get("resolution") if isinstance(dataset, dict) else None
-    return args, resolution
+    return dataset.get("args", {}).get("resolution") if isinstance(dataset, dict) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class SparseSDFTokenizer:
             mesh_space: "LPS" or "RAS", the space of a mesh file that does not say.
 
         Raises:
-            ValueError: unreadable or unsuitable input, no resolution known, or a shape without a block.
+            ValueError: unreadable or unsuitable input, no resolution known, a shape without a block, or latents that
+                are not finite.
         """
         blocks = self.read_shape(shape, resolution=resolution, mesh_space=mesh_space)
         ids = self.encode_blocks(blocks)
@@ -176,14 +177,31 @@ class SparseSDFTokenizer:
 
     @torch.no_grad()  # not inference_mode: tables that are kept for later calls must serve training too
     def encode_blocks(self, blocks: SparseSDFBlocks) -> np.ndarray:
-        """Codes int32 [M] (or [M, q]) of the blocks of one shape, in their order."""
+        """Codes int32 [M] (or [M, q]) of the blocks of one shape, in their order.
+
+        Raises:
+            ValueError: no block, or latents that are not finite, which any code is as near to as another.
+        """
         from trellis.datasets.sparse_sdf import collate, sample_from_blocks
 
         if blocks.num_blocks == 0:
             raise ValueError("a shape without blocks has no tokens")
         batch = collate([sample_from_blocks(blocks)])
-        ids = self.model.encode(move_batch(batch, self.device))["ids"]
-        return ids.to(torch.int32).cpu().numpy()
+        found = self.model.encode(move_batch(batch, self.device))
+        bad = int((~torch.isfinite(found["mean"])).any(dim=1).sum())
+        if bad:
+            raise ValueError(self._not_finite(bad, blocks.num_blocks))
+        return found["ids"].to(torch.int32).cpu().numpy()
+
+    def _not_finite(self, bad: int, count: int) -> str:
+        dtype = str(self.model.compute_dtype).removeprefix("torch.")
+        advice = "the weights or the field are not usable"
+        if self.model.compute_dtype == torch.float16:
+            advice = (
+                "float16 ends at 65504; encode with compute_dtype=torch.float32 or torch.bfloat16 "
+                "(on the command line --device cpu, which works in float32)"
+            )
+        return f"the latents of {bad} of {count} blocks, made in {dtype}, are not finite and have no tokens: {advice}"
 
     def decode(self, tokens: Tokens | str | Path) -> SparseSDFBlocks:
         """The decoded TSDF, blocks in Morton order, float16.

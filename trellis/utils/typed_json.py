@@ -100,7 +100,7 @@ def _match(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     elif dataclasses.is_dataclass(hint):
         return from_json(hint, value, path, problems)
     elif hint is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_finite_number(value):
             wrong("a number")
         else:
             return float(value)
@@ -125,6 +125,15 @@ def _match(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
         elif inner:
             return {k: _match(v, inner[1], f"{path}.{k}", problems) for k, v in value.items()}
     return value
+
+
+def _is_finite_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
 
 
 def _texts(hint: Any) -> list[str]:

@@ -93,10 +93,18 @@ class SparseSDFVQVAE(nn.Module):
             raise ValueError(f"representation_config must be null, got {representation_config!r}")
         if None not in (latent_channels, embed_dim) and latent_channels != embed_dim:
             raise ValueError(f"latent_channels and embed_dim name one value, got {latent_channels} and {embed_dim}")
-        latent = 16 if latent_channels is None and embed_dim is None else latent_channels or embed_dim
-        assert latent is not None
+        latent = next((width for width in (latent_channels, embed_dim) if width is not None), 16)
+        if latent < 1:
+            name = "embed_dim" if latent_channels is None else "latent_channels"
+            raise ValueError(f"{name} must be at least 1, got {latent}")
         if window_size < 2 or window_size % 2:
             raise ValueError(f"window_size must be even and at least 2, got {window_size}")
+        parts = {part: part_arguments(arguments, part) for part in ("encoder", "decoder")}
+        narrowest = min(part["model_channels"] for part in parts.values())
+        if narrowest * mlp_ratio < 1:
+            raise ValueError(
+                f"mlp_ratio must give the MLP over {narrowest} channels a hidden width of at least 1, got {mlp_ratio}"
+            )
         common: dict[str, Any] = {
             "latent_channels": latent,
             "mlp_ratio": mlp_ratio,
@@ -110,8 +118,8 @@ class SparseSDFVQVAE(nn.Module):
         self._graphs = PassGraphs()
         self.use_fp16 = use_fp16
         self._compute_dtype: torch.dtype | None = None
-        self.encoder = SparseSDFEncoder(**common, **part_arguments(arguments, "encoder"))
-        self.decoder = SparseSDFDecoder(**common, **part_arguments(arguments, "decoder"))
+        self.encoder = SparseSDFEncoder(**common, **parts["encoder"])
+        self.decoder = SparseSDFDecoder(**common, **parts["decoder"])
         self.quantizer = VectorQuantizer(
             num_embeddings,
             latent,
