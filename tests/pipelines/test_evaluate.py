@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from trellis.geometry.sdf import mesh_to_sparse_sdf
 from trellis.geometry.source_grid import SourceMask, load_source_mask, save_source_mask
 from trellis.pipelines import evaluate
 from trellis.pipelines.evaluate import CodeCounts, evaluate_dataset, figures_of, table
-from trellis.pipelines.scoring import OF_TRUTH, Pair, score_pair, worst_row
+from trellis.pipelines.scoring import OF_TRUTH, Pair, score_pair, score_pairs, worst_row
 from trellis.preparation.prepare import prepare_dataset
 from trellis.utils.io_utils import load_sparse_sdf, save_sparse_sdf
 from trellis.utils.mesh_utils import read_mesh, write_mesh
@@ -384,3 +385,23 @@ def test_ceiling_stands_apart():
     assert figures_of(found, ["dice"]) == {
         "n": 1, "n_patients": 1, "dice": {"mean": 0.5}, "ceiling": {"dice": {"mean": 0.9}},
     }  # fmt: skip
+
+
+class EndsItsReader:
+    """Blocks whose pickle ends the process that reads it, as the system does for want of memory."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_scoring_process_that_is_ended_costs_its_shape_alone():
+    good = ellipsoid_blocks()
+    pairs = [Pair(f"s{i}", "l", "p", EndsItsReader() if i == 2 else good, good, None, {}) for i in range(8)]
+    rows, lost = [], []
+    for pair, score in score_pairs(iter(pairs), 2, 500):
+        try:
+            rows.append((pair.sha256, score()["dice"]))
+        except RuntimeError as error:
+            lost.append((pair.sha256, str(error)))
+    assert rows == [(f"s{i}", 1.0) for i in (0, 1, 3, 4, 5, 6, 7)]
+    assert lost == [("s2", "the process that scored it was ended, for want of memory perhaps")]

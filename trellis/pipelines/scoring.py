@@ -61,7 +61,7 @@ def score_pairs(
             given = (pair, num_samples, tolerances_mm)
             try:
                 future = pool.submit(score_pair, *given)
-            except BrokenProcessPool:  # a process of it was ended: those that wait are scored alone, and say which it was
+            except BrokenProcessPool:  # one of its processes was ended; those that wait will be scored alone
                 pool.shutdown(wait=False)
                 pool = _pool(workers)
                 future = pool.submit(score_pair, *given)
