@@ -253,4 +253,3 @@ def test_backend_that_cannot_run_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="float64"):
         functional.resolve_backend("triton", torch.device("cuda"), torch.float64)
     assert functional.resolve_backend("auto", torch.device("cuda"), torch.float64) == "cpu"
-    assert functional.resolve_backend("auto", torch.device("cuda"), torch.float16) == "triton"
