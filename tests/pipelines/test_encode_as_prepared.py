@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import trimesh
 from pipeline_shapes import ellipsoid_blocks
 
 from trellis.pipelines.batch import encode_many
@@ -233,3 +234,17 @@ def test_names_of_slices_stay_out_of_the_record(tokenizer, data_root, tmp_path):
     text = (tmp_path / "out" / "errors.csv").read_text()
     assert "jane-doe" not in text and str(tmp_path) not in text
     assert [row["stage"] for row in csv.DictReader(text.splitlines())] == ["read"]
+
+
+def test_a_gltf_with_its_numbers_beside_it_is_the_shape_that_preparing_gives(tokenizer, tmp_path):
+    root, data = tmp_path / "in", tmp_path / "data"
+    (root / "p4").mkdir(parents=True)
+    scene = trimesh.Scene(trimesh.Trimesh(*octahedron(), process=False))
+    for name, content in trimesh.exchange.gltf.export_gltf(scene).items():
+        (root / "p4" / ("kidney.gltf" if name == "model.gltf" else name)).write_bytes(content)
+    assert len(list((root / "p4").iterdir())) > 1
+    prepare_dataset(root, data, resolutions=(32,), workers=0, progress=False)
+    _, one = encoded(tokenizer, [data], tmp_path / "one")
+    _, other = encoded(tokenizer, [root / "p4" / "kidney.gltf"], tmp_path / "other")
+    assert len(one) == 1
+    assert_same(one, other)

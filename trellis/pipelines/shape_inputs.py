@@ -18,7 +18,7 @@ from trellis.preparation.label_tables import LabelNames
 from trellis.preparation.privacy import hide_quoted
 from trellis.preparation.settings import PrepareSettings
 from trellis.utils.blocks import BAND_VOXELS, SparseSDFBlocks, check_resolution
-from trellis.utils.io_utils import load_sparse_sdf, load_sparse_sdf_header, sha256_of_file
+from trellis.utils.io_utils import load_sparse_sdf, load_sparse_sdf_header, printable, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,8 @@ def _prepared_file(path: Path) -> Iterator[ShapeInput]:
 
 
 def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
-    from trellis.preparation.tasks import shape_id
+    from trellis.preparation.discover import files_of_mesh
+    from trellis.preparation.tasks import content_hash, shape_id
     from trellis.utils.mesh_utils import mesh_stem, read_mesh
 
     def load() -> SparseSDFBlocks:
@@ -260,8 +261,8 @@ def _mesh(path: Path, options: InputOptions) -> Iterator[ShapeInput]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    label = options.label if options.label is not None else mesh_stem(path)
-    identity = shape_id(sha256_of_file(path), label)
+    label = printable(options.label if options.label is not None else mesh_stem(path))
+    identity = shape_id(content_hash(files_of_mesh(path)), label)
     yield ShapeInput(str(path), identity, label, options.required_resolution(), load, options.told)
 
 
