@@ -39,6 +39,12 @@ def test_patient_regex(root, regex):
     assert found.unmatched == ["loose.stl"]
 
 
+@pytest.mark.parametrize(("regex", "warned"), [(r"^(\w+)\.stl", True), (r"^loose\.stl$", True), (r"^(lo)ose", False)])
+def test_a_regex_that_fits_a_whole_name_leaves_it_in_the_label_and_that_is_said(root, caplog, regex, warned):
+    find_sources(root, patient_regex=regex)
+    assert ("1 meshes lie directly in DATA_ROOT" in caplog.text) == warned
+
+
 def test_links_are_followed_once_and_loops_end(root):
     (root / "sub-01" / "loop").symlink_to(root, target_is_directory=True)
     (root / "sub-03").symlink_to(root / "sub-01", target_is_directory=True)

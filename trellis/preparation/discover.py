@@ -131,17 +131,29 @@ def find_sources(
         raise ValueError(
             f"{root}: neither a mesh nor a label volume to read is below this folder ({others} other files{reasons})"
         )
-    direct = sum("/" not in source.relative and source.kind == MESH for source in sources)
-    if direct and pattern is None:
+    direct = sum(_is_its_patient(source) for source in sources)
+    if direct:
         logger.warning(
-            "%d meshes lie directly in DATA_ROOT: each counts as a patient, and its name becomes its label. Put them "
-            "into a folder per patient, or give a patient regex, if that is not so or if the names identify people",
+            "%d meshes lie directly in DATA_ROOT and are their patients' by their whole name, which becomes their "
+            "label. Put them into a folder per patient, or give a patient regex that fits a part of the name, if that "
+            "is not so or if the names identify people",
             direct,
         )
     if others:
         logger.info("%d files below DATA_ROOT are neither meshes nor volumes", others)
     return Discovery(
         sorted(sources, key=lambda source: source.relative), sorted(unmatched), others, dict(left_out), tuple(unused)
+    )
+
+
+def _is_its_patient(source: Source) -> bool:
+    """Whether a mesh lies directly in DATA_ROOT and its whole name is its patient's."""
+    from trellis.utils.mesh_utils import mesh_stem
+
+    return (
+        source.kind == MESH
+        and "/" not in source.relative
+        and source.patient in (mesh_stem(source.path), source.relative)
     )
 
 
