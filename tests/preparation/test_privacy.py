@@ -147,4 +147,5 @@ def test_a_regex_for_patients_keeps_them_out_of_labels_wherever_the_file_lies(tm
 def test_a_file_in_data_root_without_a_regex_is_called_as_it_is(tmp_path, caplog):
     write_stl(tmp_path / "in" / "liver.stl", *ellipsoid())
     prepare_dataset(tmp_path / "in", tmp_path / "out", **OPTIONS)
-    assert ",liver," in (tmp_path / "out" / "metadata.csv").read_text() and "whole name, which becomes their label" in caplog.text
+    assert ",liver," in (tmp_path / "out" / "metadata.csv").read_text()
+    assert "whole name, which becomes their label" in caplog.text
