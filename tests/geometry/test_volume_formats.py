@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -433,6 +434,16 @@ def test_a_given_spacing_keeps_the_directions_that_a_file_has(tmp_path: Path):
 
 
 # refusals
+
+
+def test_a_path_that_simpleitk_cannot_take_is_refused_for_writing_too(tmp_path: Path):
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder.mkdir()
+    for name in ("a.nrrd", "a.mha"):
+        with pytest.raises(ValueError, match="not UTF-8, which SimpleITK cannot open"):
+            write_label_volume(folder / name, labels(), np.eye(4))
+    write_label_volume(folder / "a.nii.gz", labels(), np.eye(4))
+    np.testing.assert_array_equal(read_volume(folder / "a.nii.gz").data, labels())
 
 
 def test_bad_itk_files_get_a_clear_error(tmp_path: Path):

@@ -402,6 +402,9 @@ def _nifti_bytes(labels: np.ndarray, affine: np.ndarray) -> bytes:
 def _write_itk(path: Path, labels: np.ndarray, affine: np.ndarray, suffix: str) -> None:
     import SimpleITK
 
+    from trellis.geometry.volume_itk import check_itk_path
+
+    check_itk_path(path)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     unit = affine[:3, :3] / spacing
     if not np.allclose(unit.T @ unit, np.eye(3), atol=1e-6):
