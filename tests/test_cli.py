@@ -472,7 +472,8 @@ def test_signals(number, code, tmp_path):
         "cli.app(['wait'])\n"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script behind & has it ignored
     )
     assert child.stdout.readline().strip() == "ready"
     time.sleep(0.1)
