@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.models.pretrained import read_state_dict
-from trellis.trainers.checkpoint import Checkpoint, find_checkpoint, manifest_steps, read_manifest
+from trellis.trainers.checkpoint import Checkpoint, find_checkpoint, manifest_steps, read_manifest, weights_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ def _published(folder: Path, weights: Path | None = None) -> ModelSource:
 
 def _of_weights(weights: Path, config_path: Path, model_name: str, what: str) -> ModelSource:
     """A weights file of a run: as it says itself, else as the run's config.json, which a later start may change."""
-    config, own = _read_json(config_path), _own_metadata(weights)
+    config, own = _read_json(config_path), weights_metadata(weights)
     if isinstance(own.get("args"), dict):
         source, name, args = f"{weights}: class in its metadata", own.get("class"), own["args"]
     else:
@@ -145,16 +144,6 @@ def _of_weights(weights: Path, config_path: Path, model_name: str, what: str) ->
     if name != SparseSDFVQVAE.__name__:
         raise ValueError(f"{source} must be {SparseSDFVQVAE.__name__}, got {name!r}")
     return ModelSource(weights, args, own.get("resolution", _resolution_of(config)), what)
-
-
-def _own_metadata(weights: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote beside the tensors; empty for a file without it, or one that cannot be read."""
-    try:
-        with safe_open(weights, framework="pt") as stream:
-            value = json.loads((stream.metadata() or {})["trellis_vqvae"])
-    except (OSError, KeyError, ValueError, RecursionError, SafetensorError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _model_of(config: dict[str, Any], path: Path, model_name: str) -> tuple[Any, dict[str, Any]]:

@@ -105,8 +105,10 @@ def build_trainer(options: RunOptions, ranks: Ranks, device: torch.device) -> Tr
     model.to(device)
     output = Path(options.output_dir)
     objective = SparseSDFVQVAEObjective(model, args, device=device, speaks=ranks.is_first)
-    metadata = {"class": config.model.name, "args": config.model.args, "model": config.model_name}
-    metadata["resolution"] = config.dataset.args["resolution"]
+    metadata = {
+        "class": config.model.name, "args": config.model.args, "model": config.model_name,
+        "resolution": config.dataset.args["resolution"],
+    }  # fmt: skip
     trainer = Trainer(
         args, objective, config.model_name, model, dataset, output, ranks=ranks, device=device, metadata=metadata
     )

@@ -222,12 +222,12 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def weights_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote into a weights file beside the tensors; {} without it."""
+    """What `save_checkpoint` wrote beside the tensors; {} for a file without it, or one that cannot be read."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("trellis_vqvae", "{}")
         found = json.loads(text)
-    except (OSError, ValueError, safetensors.SafetensorError):
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError):
         return {}
     return found if isinstance(found, dict) else {}
 
