@@ -1,10 +1,10 @@
-"""What the host starts in a training step beside the forward and backward passes; runs on a CPU.
+"""What the host starts in a training step beside the network's forward and backward passes; runs on a CPU.
 
 python benchmarks/bench_training_host.py DATA [--set KEY=VALUE ...] [--json FILE]
 
 DATA is a prepared folder. The network has as many tensors as that of the shipped 512 config, but 64 channels and 64
-codes. Prints, and writes to FILE, for one step: PyTorch's operations (one on a list of tensors counts once), and the
-tensors that are handed over in such lists; both in all, and after the one wait for the device, when a GPU is idle.
+codes. Prints, and writes to FILE, for one step of one micro-batch: PyTorch's operations (one on a list of tensors
+counts once), how many of them the loss takes, and the tensors that are handed over in lists.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Operations(TorchDispatchMode):
         return call
 
 
-def count(trainer: base.Trainer) -> tuple[Operations, tuple[int, int]]:
-    """What the next step dispatches, and (operations, tensors in lists) of it up to the wait.
+def count(trainer: base.Trainer) -> tuple[Operations, int]:
+    """What the next step dispatches, and the operations of it that the loss takes.
 
     Steps that are skipped or end an epoch are passed over.
     """
     operations = Operations()
-    step, update = trainer._train_step, trainer._update
-    at_wait = (0, 0)
+    step, losses = trainer._launch_step, trainer.objective.losses
+    of_loss = 0
 
     def counted_step(*args: Any) -> Any:
         operations.counts.clear()
@@ -75,19 +75,22 @@ def count(trainer: base.Trainer) -> tuple[Operations, tuple[int, int]]:
         with operations:
             return step(*args)
 
-    def marked_update(*args: Any, **named: Any) -> None:
-        nonlocal at_wait
-        at_wait = operations.counts.total(), operations.listed
-        update(*args, **named)
+    def marked_losses(*args: Any) -> Any:
+        nonlocal of_loss
+        before = operations.counts.total()
+        result = losses(*args)
+        of_loss = operations.counts.total() - before
+        return result
 
-    trainer._train_step, trainer._update = counted_step, marked_update  # type: ignore[method-assign]
-    trainer.objective.losses = operations.left_out(trainer.objective.losses)  # type: ignore[method-assign]
+    trainer._launch_step = counted_step  # type: ignore[method-assign]
+    trainer.objective.losses = marked_losses  # type: ignore[method-assign]
+    trainer.model.forward = operations.left_out(trainer.model.forward)
     trainer.precision.backward = operations.left_out(trainer.precision.backward)  # type: ignore[method-assign]
     while True:
         epoch = trainer.sampler.epoch
         trainer.run(max_steps=1)
         if trainer._skipped == 0 and trainer.sampler.epoch == epoch:
-            return operations, at_wait
+            return operations, of_loss
 
 
 def main() -> None:
@@ -105,13 +108,11 @@ def main() -> None:
         )
         trainer = build_trainer(options, Ranks(), torch.device("cpu"))
         trainer.run(max_steps=WARM_UP)
-        operations, (before, listed_before) = count(trainer)
-    total = operations.counts.total()
+        operations, of_loss = count(trainer)
     result = {
         "fp16_mode": trainer.precision.mode, "trained_tensors": len(trainer.precision.parameters),
-        "operations": total, "operations_after_wait": total - before,
-        "tensors_in_lists": operations.listed, "tensors_in_lists_after_wait": operations.listed - listed_before,
-        "by_name": dict(operations.counts.most_common()),
+        "operations": operations.counts.total(), "operations_of_loss": of_loss,
+        "tensors_in_lists": operations.listed, "by_name": dict(operations.counts.most_common()),
     }
     print(json.dumps(result))
     if args.json:

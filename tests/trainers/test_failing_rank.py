@@ -24,14 +24,14 @@ def wait_for_ever(*args, **kwargs):
 def failing_child(options: RunOptions, environment: dict[str, str], *rest) -> None:
     """Rank 0 raises in step 3; to leave the group in order would last for ever, as with NCCL."""
     if environment["RANK"] == "0":
-        real = base.Trainer._train_step
+        real = base.Trainer._launch_step
 
         def step(trainer, *args):
             if trainer.step + 1 == FAILS_AT:
                 raise RuntimeError("broken on purpose")
             return real(trainer, *args)
 
-        base.Trainer._train_step = step
+        base.Trainer._launch_step = step
         torch.distributed.destroy_process_group = wait_for_ever
     real_child(options, environment, *rest)
 

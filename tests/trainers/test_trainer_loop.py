@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
     real = trainer.objective.losses
 
     def losses(model, batch):
-        return real(model, batch) * (float("inf") if trainer.step + 1 in steps else 1.0)
+        loss, logged = real(model, batch)
+        factor = float("inf") if trainer.step + 1 in steps else 1.0
+        return loss * factor, logged * factor
 
     trainer.objective.losses = losses
 
@@ -104,6 +107,56 @@ def test_a_step_that_overflows_leaves_no_trace(tmp_path: Path, prepared: Path, u
     assert records[1]["grad_norm"] is None and "perplexity" not in records[1] and "perplexity" in records[2]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_reading_a_step_while_the_next_is_at_work_changes_nothing(tmp_path: Path, prepared: Path, caplog, fused: bool):
+    """As on a GPU: the same bits, with skipped steps, saving, and a run that goes on."""
+    outcome = {}
+    for late in (False, True):
+        clipper = {"name": "AdaptiveGradClipper", "args": {"max_norm": 1.0, "buffer_size": 3, "clip_percentile": 60}}
+        config = tiny_config(max_steps=14, i_save=4, i_log=3, i_ddpcheck=7, i_print=None, grad_clip=clipper)
+        config["trainer"]["args"]["optimizer"]["args"]["fused"] = fused
+        name = f"late_{late}"
+        for stops in (9, None):  # the first is cut off after a step that was not saved, and goes on from step 8
+            trainer = build(tmp_path, prepared, config, name)
+            trainer.reads_late = late
+            poison(trainer, {2, 3, 11})
+
+            def stop(step: int, at=stops) -> None:
+                if step == at:
+                    raise KeyboardInterrupt
+
+            if stops is None:
+                assert trainer.step == 8 and trainer.run(after_step=stop) == 0
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.run(after_step=stop)
+        timed = ("step_s", "data_s")
+        log = [{k: v for k, v in r.items() if k not in timed} for r in read_log(tmp_path / name)]
+        outcome[late] = log, trainer.precision.weights(), trainer.ema[0.99].average
+    assert [r["step"] for r in outcome[True][0]] == list(range(1, 15))
+    assert [r["step"] for r in outcome[True][0] if r["grad_norm"] is None] == [2, 3, 11]
+    assert outcome[False][0] == outcome[True][0]
+    assert all(torch.equal(t, outcome[True][1][name]) for name, t in outcome[False][1].items())
+    assert torch.equal(outcome[False][2], outcome[True][2])
+    assert caplog.text.count("step 3: the gradient is not finite") == 2
+
+
+def test_a_signal_is_heard_one_step_late_and_everything_is_saved(tmp_path: Path, prepared: Path):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=30, i_log=None, i_ddpcheck=None))
+    trainer.reads_late = True
+    before = []
+
+    def interrupt(step: int) -> None:
+        before.append(len(read_log(tmp_path / "run")))
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert trainer.run(after_step=interrupt) == 143
+    assert before == [0, 1, 2, 3, 4, 5, 6]  # lines in the log: each step's once the next has been launched
+    assert [r["step"] for r in read_log(tmp_path / "run")] == list(range(1, 8))
+    assert find_checkpoint(tmp_path / "run").step == 7
+
+
 def test_float32_names_the_shapes_and_gives_up(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture):
     trainer = build(tmp_path, prepared, tiny_config(max_steps=30, batch_size_per_gpu=1))
     poison(trainer, set(range(1, 100)))
@@ -119,8 +172,8 @@ def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_pa
     codebook = trainer.precision.parameters["quantizer.codebook"]
     real, rows = trainer.objective.commit, torch.tensor([3, 17])
 
-    def commit(step: int, **given):
-        overwritten = real(step, **given)
+    def commit(step: int, *given, **named):
+        overwritten = real(step, *given, **named)
         if step == 3:
             with torch.no_grad():
                 codebook[rows] = 7.0
@@ -147,8 +200,8 @@ def test_codes_move_at_every_tenth_of_their_patience(tmp_path: Path, prepared: P
     trainer = build(tmp_path, prepared, config)
     real, moved = trainer.objective.commit, {}
 
-    def commit(step: int, **given):
-        overwritten = real(step, **given)
+    def commit(step: int, *given, **named):
+        overwritten = real(step, *given, **named)
         moved[step] = len(overwritten["quantizer.codebook"])
         return overwritten
 
@@ -369,9 +422,7 @@ def test_number_formats_train_the_real_model(tmp_path: Path, prepared: Path, mod
         config = tiny_config(max_steps=4, fp16_mode=fp16_mode, optimizer={"name": "AdamW", "args": {"lr": 1e-4}})
         trainer = build(tmp_path, prepared, config, f"run_{fp16_mode}")
         if trainer.precision.scales_loss:  # below the first overflow: a skipped step would put the runs out of step
-            state = trainer.precision.state_dict()
-            scaler = {**state["scaler"], "scale": 1024.0}
-            trainer.precision.load_state_dict({**state, "log_scale": 10.0, "scaler": scaler})
+            trainer.precision.scale.log2.fill_(10.0)
         assert trainer.run() == 0
         losses[fp16_mode] = [r["mse_band"] for r in read_log(tmp_path / f"run_{fp16_mode}")]
         scales = [r.get("loss_scale") for r in read_log(tmp_path / f"run_{fp16_mode}")]
@@ -381,4 +432,4 @@ def test_number_formats_train_the_real_model(tmp_path: Path, prepared: Path, mod
     assert all(t.dtype == torch.float32 for t in weights.values() if t.is_floating_point())
     again = build(tmp_path, prepared, config, f"run_{mode}")
     assert again.step == 4 and all(torch.equal(t, weights[name]) for name, t in again.precision.weights().items())
-    assert again.precision.loss_scale == trainer.precision.loss_scale
+    assert again.precision.state_dict() == trainer.precision.state_dict()

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from trellis.config import InputError, Named
-from trellis.trainers.ema import EMA, warm_rate
+from trellis.trainers.ema import EMA
 from trellis.trainers.grad_clip import AdaptiveGradClipper, build_grad_clipper
 from trellis.trainers.loader import split_and_collate
-from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer
+from trellis.trainers.loss_scale import LossScale
+from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer, skips_on_device
 from trellis.trainers.precision import ALIGNMENT, INITIAL_LOG_SCALE, Precision, mode_on_device
 from trellis.trainers.random_state import random_state, set_random_state
 from trellis.trainers.sampler import ResumableSampler, share_out
 from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
+
+YES, NO = torch.tensor(True), torch.tensor(False)
 
 # -- averages ---------------------------------------------------------------------------------------------------------
 
@@ -32,10 +35,10 @@ def test_ema_follows_its_warm_up_formula():
         new = torch.tensor([float(n), n * 0.5])
         rate = min(0.9, (1 + n) / (10 + n))
         expected = rate * expected + (1 - rate) * new.double()
-        ema.update(new)
+        ema.update(new, YES)
+        ema.update(new + 100, NO)  # of a step that was skipped
     torch.testing.assert_close(ema.average.double(), expected, rtol=1e-6, atol=1e-6)
-    assert ema.updates == 100 and weights.tolist() == [1, -2]
-    assert warm_rate(0.9, 0) == 0.1 and warm_rate(0.9, 10_000) == 0.9
+    assert ema.updates == 100 and ema.state_dict() == {"rate": 0.9, "updates": 100} and weights.tolist() == [1, -2]
 
 
 def test_averages_go_by_the_names_of_the_model_and_the_codebook_is_the_current_one():
@@ -66,16 +69,22 @@ def test_adaptive_clipper_uses_the_percentile_of_past_norms_once_the_buffer_is_f
     norms = [1.0, 100.0, 3.0, 2.0]
 
     def limit_then_add(clipper, norm):
-        limit = clipper.limit()
-        clipper.add(norm)
+        limit = float(clipper.limit())
+        clipper.add(torch.tensor(norm), YES)
+        clipper.add(torch.tensor(math.nan), NO)
         return limit
 
     assert [limit_then_add(clipper, norm) for norm in norms] == [50.0] * 4
     assert limit_then_add(clipper, 9.0) == pytest.approx(np.percentile(norms, 75))
     again = AdaptiveGradClipper(max_norm=50.0, clip_percentile=75, buffer_size=4)
     again.load_state_dict(clipper.state_dict())
-    assert again.limit() == limit_then_add(clipper, 1.0) == pytest.approx(np.percentile([100, 3, 2, 9], 75))
-    assert clipper.limit() == pytest.approx(np.percentile([3, 2, 9, 1], 75))
+    assert float(again.limit()) == limit_then_add(clipper, 1.0) == pytest.approx(np.percentile([100, 3, 2, 9], 75))
+    assert float(clipper.limit()) == pytest.approx(np.percentile([3, 2, 9, 1], 75))
+    assert clipper.state_dict() == {"norms": [3, 2, 9, 1]}
+    again.load_state_dict({"norms": [5.0, 6.0]})
+    assert float(again.limit()) == 50 and again.state_dict() == {"norms": [5, 6]}
+    no_maximum = AdaptiveGradClipper(buffer_size=2)
+    assert float(no_maximum.limit()) == math.inf
 
 
 def test_clipper_is_built_from_every_spelling():
@@ -289,48 +298,109 @@ def test_inflat_all_keeps_masters_and_its_scale_follows_overflow():
     assert model.trunk.weight.dtype == torch.float16 and masters["trunk.weight"].dtype == torch.float32
     assert masters["codebook"] is model.codebook  # float32 parameters are their own masters
     optimizer = torch.optim.SGD(list(precision.flat.values()), lr=1e-5)
-    precision.log_scale = 4.0
+    precision.scale.log2.fill_(4.0)
     exact = Halves()
     x = torch.tensor([[0.5, -1.0, 2.0]])
     exact.loss(x).backward()
-    for _ in range(2):  # two micro-batches of half the loss each
+    for first in (True, False):  # two micro-batches of half the loss each
         precision.backward(model.loss(x) / 2)
-    precision.collect()
-    norm = precision.unscale(optimizer)
+        precision.collect(first=first)
+    norm = precision.unscale()
     wanted = torch.cat([p.grad.reshape(-1) for p in exact.parameters()])
     by_name = {name: exact.get_parameter(name).grad for name in masters}
     for name in masters:
         torch.testing.assert_close(precision.gradients[name], by_name[name], rtol=5e-3, atol=5e-3)
     assert float(norm) == pytest.approx(float(wanted.norm()), rel=5e-3)
     before = masters["trunk.weight"].detach().clone()
-    precision.step(optimizer, finite=True)
-    assert precision.log_scale == 4.25
+    assert precision.step(optimizer, norm, math.inf)
+    assert precision.scale.log2 == 4.25
     assert not torch.equal(masters["trunk.weight"], before)
     assert torch.equal(model.trunk.weight, masters["trunk.weight"].half())
     changed = masters["trunk.weight"].detach().clone()
     precision.backward(model.loss(x) * 1e30)
-    precision.collect()
-    assert not math.isfinite(float(precision.unscale(optimizer)))
-    precision.step(optimizer, finite=False)
-    assert precision.log_scale == 3.25 and torch.equal(masters["trunk.weight"], changed)
+    precision.collect(first=True)
+    norm = precision.unscale()
+    assert not norm.isfinite() and not precision.step(optimizer, norm, 1.0)
+    assert precision.scale.log2 == 3.25 and torch.equal(masters["trunk.weight"], changed)
+
+
+def test_micro_batches_add_up_in_float32_and_leave_out_what_has_no_gradient():
+    """65,504 is the largest half: two gradients of 40,000 add up all the same, and nothing of another step is left."""
+    model = Halves()
+    precision = Precision(model, "inflat_all")
+    precision.gradient.fill_(math.nan)  # of a step before
+    for first in (True, False):
+        model.trunk.weight.grad = torch.full((2, 3), 40_000.0, dtype=torch.float16)
+        if not first:
+            model.codebook.grad = torch.ones(2, 2)
+        precision.collect(first=first)
+    assert all(p.grad is None for p in model.parameters())
+    assert (precision.gradients["trunk.weight"] == 80_000).all()
+    assert (precision.gradients["codebook"] == 1).all() and (precision.gradients["trunk.bias"] == 0).all()
+    assert precision.unscale().isfinite()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_gradient_is_clipped_and_a_step_skipped_without_asking(fused: bool):
+    """By SGD with a wait, by fused AdamW without one: the limit is exact, and a skipped step leaves no trace."""
+    precision = Precision(Halves(), None)
+    name, args = ("AdamW", {"lr": 0.1, "fused": True}) if fused else ("SGD", {"lr": 1.0})
+    optimizer = build_optimizer(Named(name, args), precision.flat, [])
+    assert skips_on_device(optimizer) is fused
+    before = precision.flat["weights"].detach().clone()
+    precision.gradient.copy_(torch.where(before != 0, 3.0, 0.0))
+    norm = precision.unscale()
+    precision.step(optimizer, norm, torch.tensor(0.5, dtype=torch.float64))
+    assert float(precision.gradient.norm()) == pytest.approx(0.5, rel=1e-6)
+    after = precision.flat["weights"].detach().clone()
+    if not fused:
+        torch.testing.assert_close(after, before - precision.gradient)
+    state = {k: v.clone() for s in optimizer.state.values() for k, v in s.items() if isinstance(v, torch.Tensor)}
+    for bad in (math.inf, math.nan):
+        precision.gradient[0] = bad
+        assert not precision.step(optimizer, precision.unscale(), 0.5)
+        assert torch.equal(precision.flat["weights"], after)
+        now = {k: v for s in optimizer.state.values() for k, v in s.items() if isinstance(v, torch.Tensor)}
+        assert all(torch.equal(now[key], value) for key, value in state.items())
+    for parameter in precision.model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.01)
+    precision.collect(first=True)
+    assert precision.step(optimizer, precision.unscale(), math.inf)
+    assert not torch.equal(precision.flat["weights"], after)
+
+
+def test_the_scale_rises_after_finite_steps_in_a_row():
+    scale = LossScale(3.0, growth=1.0, interval=3, device=torch.device("cpu"))
+    seen = []
+    for finite in (YES, YES, NO, YES, YES, YES, YES):
+        scale.update(finite)
+        seen.append(float(scale.log2))
+    assert seen == [3, 3, 2, 2, 2, 3, 3] and float(scale.factor()) == 8
+    again = LossScale(0.0, growth=1.0, interval=3, device=torch.device("cpu"))
+    again.load_state_dict(scale.state_dict())
+    for _ in range(2):
+        again.update(YES)
+    assert float(again.log2) == 4
 
 
 @pytest.mark.parametrize("mode", [None, "inflat_all"])
 def test_flat_updates_are_those_of_the_single_parameters(mode: str | None):
     """AdamW over the flat tensors is AdamW over each parameter; the codebook has its own settings."""
     precision = Precision(Halves(), mode, apart=lambda name: name == "codebook")
+    if precision.scale is not None:
+        precision.scale.log2.zero_()
     assert set(precision.flat) == {"weights", "apart"} and precision.gradient.numel() == 3 * ALIGNMENT
     single = {name: nn.Parameter(p.detach().clone()) for name, p in precision.parameters.items()}
     spec = Named("AdamW", {"lr": 0.1, "weight_decay": 0.3})
     optimizer = build_optimizer(spec, precision.flat, ["apart"])
     reference = build_optimizer(spec, single, ["codebook"])
     for step in range(3):
-        precision.collect()
+        precision.collect(first=True)
         torch.manual_seed(step)
         for name, p in precision.parameters.items():
             precision.gradients[name].copy_(torch.randn(p.shape))
-            single[name].grad = precision.gradients[name].clone()
-        precision.step(optimizer, finite=True)
+            single[name].grad = precision.gradients[name].clone() / 2**(0.001 * step if mode else 0)
+        precision.step(optimizer, precision.unscale(), math.inf)
         reference.step()
     for name, p in precision.parameters.items():
         torch.testing.assert_close(p, single[name], rtol=1e-6, atol=1e-7)
@@ -343,7 +413,7 @@ def test_flat_updates_are_those_of_the_single_parameters(mode: str | None):
 def test_inflat_all_weights_round_trip_through_masters():
     precision = Precision(Halves(), "inflat_all")
     saved = {name: t + 1e-5 for name, t in precision.weights().items()}
-    assert precision.log_scale == INITIAL_LOG_SCALE and saved["trunk.weight"].dtype == torch.float32
+    assert precision.scale.log2 == INITIAL_LOG_SCALE["inflat_all"] and saved["trunk.weight"].dtype == torch.float32
     other = Precision(Halves(), "inflat_all")
     other.load_weights(saved)
     assert all(torch.equal(t, saved[name]) for name, t in other.weights().items())
@@ -355,24 +425,26 @@ def test_inflat_all_weights_round_trip_through_masters():
 def test_amp_scales_and_backs_off():
     model = Halves()
     precision = Precision(model, "amp")
-    assert model.dtype == torch.float16 and precision.loss_scale == 2.0**16
+    assert model.dtype == torch.float16 and precision.scale.log2 == 16
     optimizer = torch.optim.SGD(list(precision.flat.values()), lr=1e-4)
     x, exact = torch.ones(1, 3), Halves()
     exact.loss(x).backward()
     precision.backward(model.loss(x))
-    precision.collect()
-    norm = float(precision.unscale(optimizer))
-    assert norm == pytest.approx(float(torch.cat([p.grad.reshape(-1) for p in exact.parameters()]).norm()), rel=1e-5)
-    precision.step(optimizer, finite=True)
+    precision.collect(first=True)
+    norm = precision.unscale()
+    wanted = torch.cat([p.grad.reshape(-1) for p in exact.parameters()]).norm()
+    assert float(norm) == pytest.approx(float(wanted), rel=1e-5)
+    assert precision.step(optimizer, norm, math.inf)
     weights = model.trunk.weight.detach().clone()
     precision.backward(model.loss(x) * float("inf"))
-    precision.collect()
-    finite = math.isfinite(float(precision.unscale(optimizer)))
-    precision.step(optimizer, finite=finite)
-    assert not finite and precision.loss_scale == 2.0**15 and torch.equal(model.trunk.weight, weights)
+    precision.collect(first=True)
+    assert not precision.step(optimizer, precision.unscale(), math.inf)
+    assert precision.scale.log2 == 15 and torch.equal(model.trunk.weight, weights)
     again = Precision(Halves(), "amp")
     again.load_state_dict(precision.state_dict())
-    assert again.loss_scale == 2.0**15
+    assert again.scale.log2 == 15
+    again.load_state_dict({"mode": "bf16", "scale": None})
+    assert again.scale.log2 == 15
 
 
 def test_half_precision_on_a_cpu_becomes_float32_in_one_line(caplog: pytest.LogCaptureFixture):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trellis.trainers.vae.sparse_sdf_vqvae import mean_rows, reconstruction_terms
+from trellis.trainers.vae.sparse_sdf_vqvae import reconstruction_rows
 
 
 def make_batch(sizes: list[int], seed: int = 0) -> tuple[dict, torch.Tensor]:
@@ -15,17 +15,26 @@ def make_batch(sizes: list[int], seed: int = 0) -> tuple[dict, torch.Tensor]:
     sdf = (torch.rand(m, 512, generator=generator) * 3 - 1.5).clamp(-1, 1).half()
     counted = torch.rand(m, generator=generator) < 0.7
     counted[0] = counted[-1] = True
+    shapes = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     batch = {
-        "block_sdf": sdf, "active": sdf.abs() < 1, "loss_blocks": counted, "blocks_per_sample": torch.tensor(sizes),
+        "block_coords": torch.stack([shapes, *torch.arange(3 * m).view(3, m)], 1).int(), "block_sdf": sdf,
+        "active": sdf.abs() < 1, "loss_blocks": counted, "blocks_per_sample": torch.tensor(sizes),
     }
     return batch, torch.tanh(torch.randn(m, 512, generator=generator))
+
+
+def of_shapes(predicted: torch.Tensor, batch: dict, **settings) -> list[torch.Tensor]:
+    """Loss and errors of each shape: the rows of each, added up."""
+    rows = reconstruction_rows(predicted, batch, **settings)
+    sizes = batch["blocks_per_sample"].tolist()
+    return [torch.stack([part.sum() for part in column.split(sizes)]) for column in rows]
 
 
 @pytest.mark.parametrize("loss_type", ["mse", "l1", "l1_l2"])
 def test_against_float64(loss_type: str):
     sizes = [3, 1, 7]
     batch, predicted = make_batch(sizes)
-    got = reconstruction_terms(predicted, batch, loss_type=loss_type, lambda_extra=0.25)
+    got = of_shapes(predicted, batch, loss_type=loss_type, lambda_extra=0.25)
     start = 0
     for i, size in enumerate(sizes):
         rows = slice(start, start + size)
@@ -44,7 +53,7 @@ def test_gradient_is_that_of_the_formula_and_stops_at_the_rim():
     batch, predicted = make_batch([4, 2])
     batch["loss_blocks"][1] = False
     predicted.requires_grad_()
-    loss, _, _ = reconstruction_terms(predicted, batch, loss_type="mse", lambda_extra=0.1)
+    loss, _, _ = of_shapes(predicted, batch, loss_type="mse", lambda_extra=0.1)
     loss.sum().backward()
     weight = torch.where(batch["active"], 1.0, 0.1).double() * batch["loss_blocks"][:, None]
     total = torch.cat([w.sum().expand(len(w)) for w in weight.split([4, 2])])
@@ -55,11 +64,13 @@ def test_gradient_is_that_of_the_formula_and_stops_at_the_rim():
 
 def test_a_shape_weighs_the_same_whatever_its_size():
     batch, predicted = make_batch([5, 1])
-    joint = reconstruction_terms(predicted, batch, loss_type="mse", lambda_extra=0.1)[0]
+    joint = of_shapes(predicted, batch, loss_type="mse", lambda_extra=0.1)[0]
     for i, rows in enumerate((slice(0, 5), slice(5, 6))):
         alone = {key: value[rows] for key, value in batch.items() if key != "blocks_per_sample"}
         alone["blocks_per_sample"] = torch.tensor([rows.stop - rows.start])
-        one = reconstruction_terms(predicted[rows], alone, loss_type="mse", lambda_extra=0.1)[0]
+        alone["block_coords"] = alone["block_coords"].clone()
+        alone["block_coords"][:, 0] = 0
+        one = of_shapes(predicted[rows], alone, loss_type="mse", lambda_extra=0.1)[0]
         assert torch.equal(one[0], joint[i])
 
 
@@ -67,10 +78,5 @@ def test_a_shape_without_voxels_outside_the_band():
     batch, predicted = make_batch([2])
     batch["active"][:] = True
     batch["block_sdf"] *= 0.5
-    loss, band, extra = reconstruction_terms(predicted, batch, loss_type="mse", lambda_extra=0.1)
+    loss, band, extra = of_shapes(predicted, batch, loss_type="mse", lambda_extra=0.1)
     assert torch.equal(loss, band) and float(extra) == 0
-
-
-def test_mean_rows():
-    batch = {"blocks_per_sample": torch.tensor([1, 3])}
-    assert mean_rows(torch.tensor([4.0, 1.0, 2.0, 6.0]), batch).tolist() == [4.0, 3.0]

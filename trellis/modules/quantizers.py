@@ -265,7 +265,7 @@ class VectorQuantizer(nn.Module):
             pending.rows.append(rows[: MAX_POOL_ROWS - kept])
 
     def discard(self) -> None:
-        """Forget the statistics of a step that was skipped."""
+        """Forget the statistics since the last `commit`."""
         self._pending = None
 
     def reduce(self) -> tuple[Tensor, Tensor]:
@@ -291,11 +291,15 @@ class VectorQuantizer(nn.Module):
         return pending.counts, (unused >= self.reseed_after).sum()
 
     @torch.no_grad()
-    def commit(self, step: int, *, reseed: bool = True, order: Tensor | None = None) -> CommitReport:
+    def commit(
+        self, step: int, *, reseed: bool = True, order: Tensor | None = None, counts_if: Tensor | None = None
+    ) -> CommitReport:
         """Apply the statistics of one optimizer step; collective over ranks.
 
         Args:
             step: number of the optimizer step; seeds the choice of rows for unused codes.
+            counts_if: bool scalar on the device, false where the step was skipped: then nothing changes, and the
+                report counts no row. `reseed` must then be False. None: the step counts.
             reseed: False where `reduce` found no code to re-seed: then nothing waits for the device.
             order: int64 [N], ascending: where this rank's rows of the step stand among those of all ranks, with equal
                 numbers only for neighbours on one rank. Unused codes then move to the rows that one rank with all of
@@ -307,15 +311,19 @@ class VectorQuantizer(nn.Module):
         if self._pending is None or not self._pending.reduced:
             self.reduce()
         pending, self._pending = self._pending, None
+        counts = pending.counts
+        after = {"unused_steps": (self.unused_steps + 1).masked_fill_(counts > 0, 0)}
         if pending.sums is not None:
-            self.ema_count.mul_(self.ema_decay).add_(pending.counts, alpha=1 - self.ema_decay)
-            self.ema_sum.mul_(self.ema_decay).add_(pending.sums, alpha=1 - self.ema_decay)
-            means = self.ema_sum / self.ema_count.clamp_min(LEAST_EMA_COUNT)[:, None]
-            unused = self.ema_count < LEAST_EMA_COUNT
-            self.codebook.copy_(torch.where(unused[:, None], self.codebook, means))
-        self.unused_steps.add_(1)
-        self.unused_steps.masked_fill_(pending.counts > 0, 0)
-        return CommitReport(pending.counts, self._reseed(pending, step, wanted=reseed, order=order))
+            count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * counts
+            total = self.ema_decay * self.ema_sum + (1 - self.ema_decay) * pending.sums
+            means = total / count.clamp_min(LEAST_EMA_COUNT)[:, None]
+            codebook = torch.where((count < LEAST_EMA_COUNT)[:, None], self.codebook, means)
+            after |= {"ema_count": count, "ema_sum": total, "codebook": codebook}
+        for name, value in after.items():
+            before = getattr(self, name)
+            before.copy_(value if counts_if is None else torch.where(counts_if, value, before))
+        counts = counts if counts_if is None else counts * counts_if
+        return CommitReport(counts, self._reseed(pending, step, wanted=reseed, order=order))
 
     def _reseed(self, pending: _Pending, step: int, *, wanted: bool, order: Tensor | None) -> Tensor:
         none = torch.empty(0, dtype=torch.long, device=self.codebook.device)

@@ -7,7 +7,9 @@ import math
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,11 +57,11 @@ class Objective(Protocol):
     def cost(self, mode: str | None) -> Callable[[Any], int]: ...
     def check_sizes(self, dataset: Any, limit: MemoryLimit) -> None: ...
     def check_batch(self, batch: Batch) -> None: ...
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]: ...
     def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
-    def statistics(self) -> tuple[Mapping[str, Tensor], Tensor]: ...
+    def statistics(self) -> Mapping[str, Tensor]: ...
     def commit(
-        self, step: int, *, overwrite: bool, batches: Sequence[Batch], places: Sequence[int]
+        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Callable[[], Sequence[int]]
     ) -> Mapping[str, Tensor]: ...
     def discard(self) -> None: ...
     def spare_bytes(self, model: nn.Module) -> int: ...
@@ -70,12 +72,32 @@ class Objective(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass
+class LaunchedStep:
+    """A step that the device may still be at work on.
+
+    Attributes:
+        record: what the host knows of its line in the log. names: of `figures`, float64 on the host once `read` is
+            called. flags: how many reasons to stop follow them there, the gradient's norm last.
+        shapes: of this rank, for messages.
+    """
+
+    record: dict[str, Any]
+    names: list[str]
+    figures: Callable[[], list[float]]
+    shapes: list[str]
+
+
 class Trainer:
     """Trains one model.
 
     Ranks hold equal weights because they start equal, sum one flat gradient and take the same step; no wrapper module
     is involved. A loss is a sum over shapes divided by the shapes of the whole step, so that neither `batch_split` nor
     the number of ranks changes more than rounding.
+
+    The host does not wait for a step before it starts the next: whether a gradient is finite, how far it is clipped and
+    what follows for weights, averages and codebook is decided on the device. The figures of a step are read while the
+    device works on the next one, except where something is due that needs them.
 
     Args:
         model_name: name of the checkpoints' files.
@@ -126,6 +148,7 @@ class Trainer:
         self.step = 0
         self._saved_step: int | None = None
         self._skipped = 0
+        self.reads_late = device.type == "cuda"
         by_epochs = math.inf
         if args.max_epoch is not None:
             by_epochs = math.ceil(args.max_epoch * len(dataset) / self.sampler.global_batch)
@@ -154,6 +177,7 @@ class Trainer:
             boards=self.args.i_log is not None, enabled=self.ranks.is_first,
         )
         exit_code = None
+        launched: deque[LaunchedStep] = deque()
         try:
             with StopSignals() as stop:
                 if self.step == 0:
@@ -169,21 +193,26 @@ class Trainer:
                 )
                 batches = DeviceBatches(loaded, self.device)
                 log.restart_clock(self.step)
+                self._finished_at = time.perf_counter()
                 while self.step < last and exit_code is None:
                     stop.log_failed = log.failed
-                    started, waited = time.perf_counter(), batches.waited_s
+                    waited = batches.waited_s
                     micro_batches = next(batches)
                     try:
-                        record, flags = self._train_step(micro_batches, stop, batches.prefetch)
+                        launched.append(self._launch_step(micro_batches, stop, batches.prefetch))
                     except torch.OutOfMemoryError as error:
                         raise out_of_memory(self.step + 1, micro_batches, self.device, str(error)) from error
-                    record |= {"data_s": batches.waited_s - waited, "step_s": time.perf_counter() - started}
-                    exit_code = agreed_exit_code(flags)
-                    self._log_step(log, record)
+                    launched[-1].record["data_s"] = batches.waited_s - waited
+                    all_of_them = not self.reads_late or self.step == last or self._due_now()
+                    while len(launched) > (0 if all_of_them else 1):
+                        reason = self._finish_step(launched.popleft(), log)
+                        exit_code = exit_code or reason
                     if max_steps is None:
                         self._every_so_many_steps(log)
                     if after_step is not None:
                         after_step(self.step)
+                while launched:
+                    self._finish_step(launched.popleft(), log)
                 if max_steps is None:
                     self.save()
                     if exit_code is None and self.args.i_sample and self.step % self.args.i_sample:
@@ -192,33 +221,25 @@ class Trainer:
             log.close()
         return exit_code or (EXIT_FAILED if log.failed else 0)
 
-    def _train_step(
+    def _launch_step(
         self, micro_batches: list[Batch], stop: StopSignals, meanwhile: Callable[[], None]
-    ) -> tuple[dict[str, Any], list[float]]:
-        names = self.objective.terms
+    ) -> LaunchedStep:
+        """Hand a step's work to the device; `meanwhile` is called when that is done."""
+        terms = self.objective.terms
         sums = self._passes_in_memory(micro_batches)
-        self.precision.collect()
         sum_over_ranks_(self.precision.gradient)
-        for place, flag in enumerate(stop.flags(), start=len(names)):
+        for place, flag in enumerate(stop.flags(), start=len(terms)):
             if flag:  # filled on the device: copying it there would wait for it
                 sums[place].fill_(flag)
         sum_over_ranks_(sums)
-        figures, overwritten = self.objective.statistics()
-        norm = self.precision.unscale(self.optimizer)
-        limit = self.clipper.limit()
-        meanwhile()
-        # The one wait for the device in a step: losses, signals, the codebook's figures and the norm in one transfer.
-        own = torch.stack([value.double() for value in (*figures.values(), overwritten, norm)])
-        *values, to_overwrite, grad_norm = torch.cat([sums.double(), own]).tolist()
-        losses, flags, values = values[: len(names)], values[len(names) : len(sums)], values[len(sums) :]
-        record: dict[str, Any] = {"step": self.step + 1}
-        record |= {name: value / self.sampler.global_batch for name, value in zip(names, losses)}
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
-        if self.precision.scales_loss:
-            record["loss_scale"] = self.precision.loss_scale
-        if math.isfinite(grad_norm):
-            record |= dict(zip(figures, values))
-        self._update(grad_norm, limit, micro_batches, overwrite=to_overwrite > 0)
+        figures = dict(self.objective.statistics())
+        if self.precision.scale is not None:
+            figures["loss_scale"] = self.precision.scale.factor()
+        norm = self.precision.unscale()
+        own = torch.stack([value.double() for value in (*figures.values(), norm)])
+        read = to_host(torch.cat([sums.double(), own]))
+        self._update(norm, micro_batches)
+        record: dict[str, Any] = {"step": self.step + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         with warnings.catch_warnings():
             # The schedule counts steps, those skipped for an overflow too; torch takes that for a wrong order of calls.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -228,7 +249,30 @@ class Trainer:
         self.sampler.advance()
         if self.sampler.epoch > epoch:
             record |= {"epoch": self.sampler.epoch, **self.objective.finish_epoch()}
-        return record, flags
+        meanwhile()
+        shapes = [name for batch in micro_batches for name in batch["sha256"]]
+        return LaunchedStep(record, list(figures), read, shapes)
+
+    def _finish_step(self, launched: LaunchedStep, log: RunLog) -> int | None:
+        """Wait for a step and log it; returns the exit code where a rank has a reason to stop."""
+        terms = self.objective.terms
+        values = launched.figures()
+        sums, flags, own = values[: len(terms)], values[len(terms) :][:NUM_FLAGS], values[len(terms) + NUM_FLAGS :]
+        grad_norm = own.pop()
+        record = launched.record
+        record |= {name: value / self.sampler.global_batch for name, value in zip(terms, sums)}
+        record["grad_norm"] = grad_norm
+        finite = math.isfinite(grad_norm)
+        known = dict(zip(launched.names, own, strict=True))
+        record |= known if finite else {name: value for name, value in known.items() if name == "loss_scale"}
+        now = time.perf_counter()
+        record["step_s"], self._finished_at = now - self._finished_at, now
+        if finite:
+            self._skipped = 0
+        else:
+            self._count_skipped(record["step"], launched.shapes)
+        self._log_step(log, record)
+        return agreed_exit_code(flags)
 
     def _passes_in_memory(self, micro_batches: list[Batch]) -> Tensor:
         """`_passes`; where memory runs out, once more with what the model holds for speed alone given back."""
@@ -248,33 +292,25 @@ class Trainer:
         """Forward and backward; returns what ranks sum beside the gradient: losses, and zeros for reasons to stop."""
         terms = len(self.objective.terms)
         sums = torch.zeros(terms + NUM_FLAGS, device=self.device)
-        for batch in micro_batches:
-            losses = self.objective.losses(self.model, batch)
-            self.precision.backward(losses[0] / self.sampler.global_batch)
-            sums[:terms] += losses.detach()
-            del losses  # while its graph lives, gradients are tied to this stream and no pass can be recorded
+        for number, batch in enumerate(micro_batches):
+            loss, logged = self.objective.losses(self.model, batch)
+            self.precision.backward(loss / self.sampler.global_batch)
+            del loss  # while its graph lives, gradients are tied to this stream and no pass can be recorded
+            self.precision.collect(first=number == 0)
+            sums[:terms] += logged
         return sums
 
-    def _update(self, norm: float, limit: float, micro_batches: list[Batch], *, overwrite: bool) -> None:
-        """One optimizer step, or none where the gradient is not finite; all ranks see the same norm and agree."""
-        finite = math.isfinite(norm)
-        if finite and norm > limit:
-            self.precision.gradient.mul_(limit / norm)
-        self.precision.step(self.optimizer, finite=finite)
-        if not finite:
-            self.objective.discard()
-            self._count_skipped(micro_batches)
-            return
-        self._skipped = 0
-        self.clipper.add(norm)
-        places = self.sampler.places() if overwrite else []
+    def _update(self, norm: Tensor, micro_batches: list[Batch]) -> None:
+        """One optimizer step, or none where the gradient is not finite; all ranks have the same norm and agree."""
+        counts = self.precision.step(self.optimizer, norm, self.clipper.limit())
+        self.clipper.add(norm, counts)
         overwritten = self.objective.commit(
-            self.step + 1, overwrite=overwrite, batches=micro_batches, places=places
+            self.step + 1, counts, batches=micro_batches, places=self.sampler.places
         )
         for name, rows in overwritten.items():
             self._forget_moments(name, rows)
         for ema in self.ema.values():
-            ema.update(self.precision.flat["weights"])
+            ema.update(self.precision.flat["weights"], counts)
 
     def _forget_moments(self, name: str, rows: Tensor) -> None:
         """Rows that were overwritten start without the optimizer's memory of what was there."""
@@ -285,15 +321,14 @@ class Trainer:
             if isinstance(value, Tensor) and value.shape == flat.shape:
                 self.precision.view(name, value)[rows] = 0
 
-    def _count_skipped(self, micro_batches: list[Batch]) -> None:
+    def _count_skipped(self, step: int, shapes: list[str]) -> None:
         self._skipped += 1
         scaled = self.precision.scales_loss
         if not scaled:
-            shapes = [name for batch in micro_batches for name in batch["sha256"]]
-            logger.warning("step %d: the gradient is not finite, no update; shapes %s", self.step + 1, shapes)
+            logger.warning("step %d: the gradient is not finite, no update; shapes %s", step, shapes)
         if self._skipped >= MAX_SKIPPED_STEPS[scaled]:
             raise FloatingPointError(
-                f"step {self.step + 1}: no finite gradient in {self._skipped} steps in a row; lower the learning rate, "
+                f"step {step}: no finite gradient in {self._skipped} steps in a row; lower the learning rate, "
                 "clip gradients, or train in float32 (fp16_mode null)"
             )
 
@@ -317,22 +352,27 @@ class Trainer:
 
     def _log_step(self, log: RunLog, record: dict[str, Any]) -> None:
         log.write(record)
-        if self._due(self.args.i_log):
+        if is_due(record["step"], self.args.i_log):
             extra = self._weight_statistics() if self.args.log_param_stats and self.ranks.is_first else {}
             log.board(extra)
-        if self._due(self.args.i_print):
+        if is_due(record["step"], self.args.i_print):
             log.progress(record)
 
-    def _due(self, interval: int | None) -> bool:
-        return interval is not None and self.step % interval == 0
+    def _due_now(self) -> bool:
+        """Whether something follows this step that needs it to be finished."""
+        args = self.args
+        return any(is_due(self.step, every) for every in (args.i_log, args.i_ddpcheck, args.i_save, args.i_sample))
 
     def _every_so_many_steps(self, log: RunLog) -> None:
-        if self._due(self.args.i_ddpcheck):
+        if not self._due_now():
+            return
+        if is_due(self.step, self.args.i_ddpcheck):
             self.check_ranks_agree()
-        if self._due(self.args.i_save):
+        if is_due(self.step, self.args.i_save):
             self.save()
-        if self._due(self.args.i_sample):
+        if is_due(self.step, self.args.i_sample):
             self._write_samples(log)
+        self._finished_at = time.perf_counter()  # what took time here is not the next step's
 
     def _weight_statistics(self) -> dict[str, float]:
         figures = {}
@@ -445,7 +485,7 @@ class Trainer:
             for rate, ema in self.ema.items():
                 if rate in updates:
                     self.precision.load_weights(load_weights(checkpoint.ema[str(rate)]), ema.average)
-                    ema.updates = updates[rate]
+                    ema.updates.fill_(updates[rate])
                 else:
                     logger.warning("ema_rate %s is new: its average starts from the weights of this step", rate)
                     self.ema[rate] = self._new_ema(rate)
@@ -458,3 +498,24 @@ class Trainer:
         self.step = int(misc["step"])
         if checkpoint.model.parent.resolve() == (self.output_dir / "ckpts").resolve():
             self._saved_step = self.step
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps, or never (None), happens after this one."""
+    return every is not None and step % every == 0
+
+
+def to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start copying a tensor to the host; the function that is returned waits for its numbers and returns them."""
+    if not values.is_cuda:
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+
+    def read() -> list[float]:
+        there.synchronize()
+        return copy.tolist()
+
+    return read

@@ -5,35 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-
-def warm_rate(rate: float, updates: int) -> float:
-    """Rate of update number `updates` (from 0): min(rate, (1 + n) / (10 + n)), so that early weights fade quickly."""
-    return min(rate, (1 + updates) / (10 + updates))
+from torch import Tensor
 
 
 class EMA:
     """An average of a flat tensor of weights.
+
+    The rate of update number n (from 0) is min(rate, (1 + n) / (10 + n)), so that early weights fade quickly.
 
     Args:
         rate: share of the average that stays at each update, after the warm-up.
         weights: float32, to start from.
 
     Attributes:
-        average: of the shape of `weights`. updates: how many it has seen.
+        average: of the shape of `weights`. updates: float64 scalar on the same device, how many it has seen.
     """
 
-    def __init__(self, rate: float, weights: torch.Tensor) -> None:
+    def __init__(self, rate: float, weights: Tensor) -> None:
         self.rate = rate
-        self.updates = 0
         self.average = weights.detach().clone()
+        self.updates = torch.zeros((), dtype=torch.float64, device=weights.device)
 
     @torch.no_grad()
-    def update(self, weights: torch.Tensor) -> None:
-        """Take in the weights after an optimizer step."""
-        self.average.lerp_(weights, 1 - warm_rate(self.rate, self.updates))
-        self.updates += 1
+    def update(self, weights: Tensor, counts: Tensor) -> None:
+        """Take in the weights after an optimizer step; `counts`: bool scalar on the device, false for a skipped one."""
+        rate = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.rate)
+        self.average.lerp_(weights, ((1 - rate) * counts).float())
+        self.updates += counts
 
     def state_dict(self) -> dict[str, Any]:
         """What the weights file does not hold."""
-        return {"rate": self.rate, "updates": self.updates}
+        return {"rate": self.rate, "updates": int(self.updates)}

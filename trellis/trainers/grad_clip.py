@@ -6,7 +6,8 @@ import inspect
 import math
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from trellis.config import InputError, Named
 from trellis.utils.typed_json import check_call
@@ -22,9 +23,9 @@ class FixedGradClipper:
         """The norm to clip the next gradient at."""
         return math.inf if self.max_norm is None else self.max_norm
 
-    def add(self, norm: float) -> None:
-        """Take in a gradient's norm, unclipped and finite."""
-        del norm
+    def add(self, norm: Tensor, counts: Tensor) -> None:
+        """Take in a gradient's norm, unclipped, unless its step does not count; both are scalars on the device."""
+        del norm, counts
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -35,6 +36,8 @@ class FixedGradClipper:
 
 class AdaptiveGradClipper:
     """Clips at a percentile of the norms of the last `buffer_size` steps, and never above `max_norm`.
+
+    The norms stay on the device: the host need not know one before the next step starts.
 
     Args:
         max_norm: upper limit, the only one until the buffer is full; None for none.
@@ -52,24 +55,29 @@ class AdaptiveGradClipper:
         self.max_norm = max_norm
         self.clip_percentile = clip_percentile
         self.buffer_size = buffer_size
-        self._norms: list[float] = []
+        self._norms = torch.full((buffer_size,), math.nan, dtype=torch.float64)  # oldest first
 
-    def limit(self) -> float:
-        """The norm to clip the next gradient at."""
-        limit = math.inf if self.max_norm is None else self.max_norm
-        if len(self._norms) == self.buffer_size:
-            limit = min(limit, float(np.percentile(self._norms, self.clip_percentile)))
-        return limit
+    def limit(self) -> Tensor:
+        """The norm to clip the next gradient at: a float64 scalar, inf for any."""
+        place = self.clip_percentile / 100 * (self.buffer_size - 1)  # as numpy.percentile counts, from 0
+        norms = self._norms.sort().values  # NaN last
+        below, above = norms[math.floor(place)], norms[math.ceil(place)]
+        most = math.inf if self.max_norm is None else self.max_norm
+        limit = below.lerp(above, place - math.floor(place)).clamp(max=most)
+        return torch.where(norms[-1].isnan(), most, limit)  # no percentile until the buffer is full
 
-    def add(self, norm: float) -> None:
-        """Take in a gradient's norm, unclipped and finite."""
-        self._norms = [*self._norms, norm][-self.buffer_size :]
+    def add(self, norm: Tensor, counts: Tensor) -> None:
+        """Take in a gradient's norm, unclipped, unless its step does not count; both are scalars on the device."""
+        norms = self._norms.to(norm.device)
+        self._norms = torch.where(counts, torch.cat([norms[1:], norm.double()[None]]), norms)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"norms": list(self._norms)}
+        return {"norms": [norm for norm in self._norms.tolist() if not math.isnan(norm)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._norms = [float(norm) for norm in state.get("norms", [])][-self.buffer_size :]
+        norms = [float(norm) for norm in state.get("norms", [])][-self.buffer_size :]
+        missing = [math.nan] * (self.buffer_size - len(norms))
+        self._norms = torch.tensor([*missing, *norms], dtype=torch.float64)
 
 
 def build_grad_clipper(spec: float | Named | None) -> FixedGradClipper | AdaptiveGradClipper:

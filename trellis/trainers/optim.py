@@ -72,6 +72,17 @@ def build_optimizer(spec: Named, parameters: Mapping[str, torch.Tensor], codeboo
     return _build("trainer.args.optimizer", target, groups, args)
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a scalar on the device, the optimizer's `found_inf`, can tell its next step to change nothing.
+
+    That is how `torch.amp.GradScaler` has fused optimizers skip a step. (SGD's momentum would start from memory that
+    nobody wrote where the first step is skipped; hence Adam and AdamW alone.)
+    """
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> list[str]:
     """Take over a saved state: moments, and the learning rate that the schedule had reached.
 

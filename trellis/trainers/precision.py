@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from trellis.trainers.loss_scale import LossScale
+from trellis.trainers.optim import skips_on_device
 
 logger = logging.getLogger(__name__)
 
-INITIAL_LOG_SCALE = 20.0
-"""Start of the log2 loss scale of inflat_all; it falls to what the network bears within the first steps."""
+INITIAL_LOG_SCALE = {"inflat_all": 20.0, "amp": 16.0}
+"""Start of the log2 loss scale; it falls to what the network bears within the first steps."""
+AMP_GROWTH_INTERVAL = 2000
+"""Finite steps in a row after which the scale of amp doubles, as in `torch.amp.GradScaler`."""
 ALIGNMENT = 64
 """Numbers that a parameter's place in the flat buffers is a multiple of: kernels read 16 bytes at a time."""
 
@@ -31,6 +37,8 @@ class Precision:
     Modes: None is float32; "bf16" has bfloat16 activations; "amp" has half activations under a dynamic loss scale;
     "inflat_all" has half weights with float32 masters and a log2 loss scale that grows by `scale_growth` a step and
     drops by 1 on an overflow. Parameters that the model keeps in float32 (the codebook) are their own masters.
+
+    Whether a step's gradient is finite, and so whether it counts, is decided on the device (`step`).
 
     Args:
         apart: names that get a flat tensor of their own, for other settings of the optimizer.
@@ -53,8 +61,6 @@ class Precision:
     ) -> None:
         self.model = model
         self.mode = mode
-        self.scale_growth = scale_growth
-        self.log_scale = INITIAL_LOG_SCALE
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         before = {name: p.detach().float() for name, p in trained.items()}
         if mode == "inflat_all":
@@ -73,15 +79,17 @@ class Precision:
         device = next(iter(before.values())).device
         self.gradient = torch.zeros(sum(sizes.values()), device=device)
         gradients = self.gradient.split(list(sizes.values()))
-        self.flat: dict[str, torch.Tensor] = {}
+        self.flat: dict[str, Tensor] = {}
         for (group, size), gradient in zip(sizes.items(), gradients):
             if size:
                 self.flat[group] = torch.zeros(size, device=device, requires_grad=True)
                 self.flat[group].grad = gradient
         self._of_model: dict[str, nn.Parameter] = {}
-        self._half: dict[str, torch.Tensor] = {}  # laid out as `flat`, so that one copy makes all half weights
-        self.parameters: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
+        # Half weights and their gradients, laid out as `flat`, so that one operation converts all of them.
+        self._half: dict[str, Tensor] = {}
+        self._half_gradient: dict[str, Tensor] = {}
+        self.parameters: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             if name not in trained:
                 continue
@@ -96,51 +104,73 @@ class Precision:
                 group = self.group_of(name)
                 if group not in self._half:
                     self._half[group] = torch.zeros(len(flat), dtype=parameter.dtype, device=device)
+                    self._half_gradient[group] = torch.zeros_like(self._half[group])
                 parameter.data = self.view(name, self._half[group])
                 self.parameters[name] = own
             self.gradients[name] = self.view(name, flat.grad)
+        # What a backward pass hands over of a parameter goes here first: a tensor of the parameter's own dtype.
+        self._handed_to = {
+            name: self.gradients[name] if p.dtype == torch.float32 else self.view(name, self._half_gradient[group])
+            for name, p in self._of_model.items()
+            for group in [self.group_of(name)]
+        }
         self.copy_to_model()
         self._averaged = [name for name in self.parameters if self.group_of(name) == "weights"]
         # The model's tensors stay where they are, so that this is read from the modules once and not every step.
         self._weights = {
             name: self.parameters.get(name, tensor).detach() for name, tensor in model.state_dict().items()
         }
-        self._scaler = torch.amp.GradScaler(device.type, enabled=mode == "amp")
+        self.scale: LossScale | None = None
+        if mode in INITIAL_LOG_SCALE:
+            growth, interval = (scale_growth, 1) if mode == "inflat_all" else (1.0, AMP_GROWTH_INTERVAL)
+            self.scale = LossScale(INITIAL_LOG_SCALE[mode], growth=growth, interval=interval, device=device)
 
     @property
     def scales_loss(self) -> bool:
         """Whether overflow is an ordinary event of this mode."""
-        return self.mode in ("inflat_all", "amp")
+        return self.scale is not None
 
     def group_of(self, name: str) -> str:
         """Which of `flat` a parameter lies in."""
         return self._place[name][0]
 
-    def view(self, name: str, flat: torch.Tensor) -> torch.Tensor:
+    def view(self, name: str, flat: Tensor) -> Tensor:
         """The part of a parameter, in its shape, of a tensor that is laid out as its group's of `flat`."""
         start, shape = self._place[name][1], self._shapes[name]
         return flat[start : start + shape.numel()].view(shape)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss`, scaled."""
-        if self.mode == "inflat_all":
-            loss = loss * 2.0**self.log_scale
-        elif self.mode == "amp":
-            loss = self._scaler.scale(loss)
-        loss.backward()
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, scaled, to those of the model's parameters."""
+        (loss if self.scale is None else loss * self.scale.factor()).backward()
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """After the last micro-batch: the model's gradients become the flat float32 one. It is still scaled."""
-        handed = {}
+    def collect(self, *, first: bool) -> None:
+        """Move the model's gradients after a micro-batch into the flat float32 one, which is still scaled.
+
+        Micro-batches add up in float32, and the next backward pass hands its gradients over, rather than add them one
+        by one to those of this one.
+
+        Args:
+            first: whether it is the first of a step, which replaces what the flat gradient holds.
+        """
+        into: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether they arrive in float32
+        handed: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, parameter in self._of_model.items():
-            if parameter.grad is None:
-                self.gradients[name].zero_()
-            else:
-                handed[name] = parameter.grad
-                parameter.grad = None  # so that the next backward pass hands its own over, rather than add it to zeros
-        if handed:
-            torch._foreach_copy_([self.gradients[name] for name in handed], list(handed.values()))
+            gradient, parameter.grad = parameter.grad, None
+            place = self._handed_to[name]
+            full = place.dtype == torch.float32
+            if gradient is not None:
+                into[full].append(place)
+                handed[full].append(gradient)
+            elif first or not full:
+                place.zero_()
+        if into[False]:
+            torch._foreach_copy_(into[False], handed[False])
+        for group, half in self._half_gradient.items():
+            gradient = self.flat[group].grad
+            gradient.copy_(half) if first else gradient.add_(half)
+        if into[True]:
+            (torch._foreach_copy_ if first else torch._foreach_add_)(into[True], handed[True])
 
     def drop(self) -> None:
         """Forget what backward passes left in the model since the last `collect`."""
@@ -148,27 +178,37 @@ class Precision:
             parameter.grad = None
 
     @torch.no_grad()
-    def unscale(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    def unscale(self) -> Tensor:
         """Undo the loss scale, after the sum over ranks; returns the gradient's norm, not finite after an overflow."""
-        if self.mode == "inflat_all":
-            self.gradient.mul_(2.0**-self.log_scale)
-        elif self.mode == "amp":
-            self._scaler.unscale_(optimizer)
+        if self.scale is not None:
+            self.gradient.mul_(1 / self.scale.factor())
         return torch.linalg.vector_norm(self.gradient)
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
-        """Update the parameters, or only the loss scale where the gradient is not finite."""
-        if self.mode == "amp":
-            if finite:
-                self._scaler.step(optimizer)
-            self._scaler.update()
-            return
-        if finite:
+    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor, limit: Tensor | float) -> Tensor:
+        """Clip the gradient and update the parameters, or only the loss scale where the gradient is not finite.
+
+        Nothing waits for the device, unless the optimizer cannot be told there to skip (`skips_on_device`).
+
+        Args:
+            norm: of the gradient, from `unscale`. limit: above which the gradient is scaled down to it; may be inf.
+
+        Returns:
+            Whether the step counts: bool scalar on the device.
+        """
+        finite = norm.isfinite()
+        if isinstance(limit, Tensor) or limit != math.inf:
+            # never NaN, which would stay in the gaps between parameters
+            self.gradient.mul_((limit / norm).clamp(max=1).nan_to_num(1.0))
+        if skips_on_device(optimizer):
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
-            self.copy_to_model()
-        if self.mode == "inflat_all":
-            self.log_scale += self.scale_growth if finite else -1.0
+        elif finite:
+            optimizer.step()
+        self.copy_to_model()
+        if self.scale is not None:
+            self.scale.update(finite)
+        return finite
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -176,17 +216,11 @@ class Precision:
         for group, half in self._half.items():
             half.copy_(self.flat[group])
 
-    @property
-    def loss_scale(self) -> float:
-        if self.mode == "inflat_all":
-            return 2.0**self.log_scale
-        return float(self._scaler.get_scale()) if self.mode == "amp" else 1.0
-
     def bytes_of_a_step(self) -> int:
         """Gradients before they are collected, and half copies of the weights, which exist during a step alone."""
         return {None: 4, "inflat_all": 2, "amp": 6, "bf16": 6}[self.mode] * self.gradient.numel()
 
-    def weights(self, average: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def weights(self, average: Tensor | None = None) -> dict[str, Tensor]:
         """The model's state with masters in place of half weights: what a checkpoint holds.
 
         Args:
@@ -196,7 +230,7 @@ class Precision:
         return {**self._weights, **averaged}
 
     @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, torch.Tensor], average: torch.Tensor | None = None) -> None:
+    def load_weights(self, tensors: Mapping[str, Tensor], average: Tensor | None = None) -> None:
         """Take over saved weights; with `average` only the part of them that goes there.
 
         Raises:
@@ -218,13 +252,11 @@ class Precision:
         self.copy_to_model()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mode": self.mode, "log_scale": self.log_scale, "scaler": self._scaler.state_dict()}
+        return {"mode": self.mode, "scale": None if self.scale is None else self.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the loss scale; one of another mode starts afresh."""
         if state["mode"] != self.mode:
             logger.warning("the checkpoint was trained with fp16_mode %s, this run has %s", state["mode"], self.mode)
-            return
-        self.log_scale = float(state["log_scale"])
-        if self.mode == "amp":
-            self._scaler.load_state_dict(state["scaler"])
+        elif self.scale is not None and state.get("scale") is not None:
+            self.scale.load_state_dict(state["scale"])

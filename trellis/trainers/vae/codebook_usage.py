@@ -52,7 +52,7 @@ class CodebookUsage:
         self.announced = False
 
     def add(self, counts: torch.Tensor) -> None:
-        """Take in one step; every `PERIOD_STEPS` this waits for the device."""
+        """Take in one step, with no rows if it was skipped; every `PERIOD_STEPS` this waits for the device."""
         self.recent += counts
         self.recent_steps += 1
         if self.recent_steps == PERIOD_STEPS:

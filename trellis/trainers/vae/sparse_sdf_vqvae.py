@@ -37,41 +37,45 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def reconstruction_terms(
+def reconstruction_rows(
     predicted: Tensor, batch: Batch, *, loss_type: str, lambda_extra: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reconstruction loss and squared errors per shape.
+    """What each block adds to its shape's reconstruction loss and squared errors.
 
     The loss of a shape is sum(w f(e)) / sum(w) over all voxels of the blocks in its `loss_blocks`; w = 1 where the
     target is inside the band, `lambda_extra` elsewhere.
 
     Args:
         predicted: [M, 512] float32.
-        batch: `block_sdf`, `active` [M, 512], `loss_blocks` [M] on the same device; `blocks_per_sample` [B].
+        batch: `block_coords` [M, 4] with the shape's number first, `block_sdf`, `active` [M, 512], `loss_blocks` [M] on
+            the same device; `blocks_per_sample` [B].
         loss_type: f is e^2 ("mse"), |e| ("l1") or their sum ("l1_l2").
 
     Returns:
-        loss, mean squared error inside the band, and outside it (0 where a shape has no such voxel), each [B].
+        Loss, mean squared error inside the band, and outside it (0 where a shape has no such voxel): each [M], and the
+        rows of a shape add up to its value. The first has a gradient.
     """
-    active = batch["active"]
-    error = predicted - batch["block_sdf"].to(predicted.dtype)
+    dtype = predicted.dtype
+    error = predicted - batch["block_sdf"].to(dtype)
     value = POINTWISE[loss_type](error)
-    weighted = (value * torch.where(active, 1.0, lambda_extra).to(predicted.dtype)).sum(1)
     with torch.no_grad():
+        active, counted = batch["active"], batch["loss_blocks"][:, None]
+        inside, outside = active & counted, ~active & counted
+        voxels = torch.stack([inside.sum(1, dtype=dtype), outside.sum(1, dtype=dtype)], 1)
+        # One sum per shape rather than a scatter: the same bits on every run, on every device.
+        parts = voxels.split(batch["blocks_per_sample"].tolist())
+        band, extra = torch.stack([part.sum(0) for part in parts])[shape_of_rows(batch)].unbind(1)  # [M] each
+        total = (band + lambda_extra * extra).clamp(min=torch.finfo(dtype).tiny)
+        weight = torch.where(active, 1.0, lambda_extra).to(dtype).mul_(counted / total[:, None])
         square = value if loss_type == "mse" else error.square()
-        in_band = active.sum(1).to(predicted.dtype)
-        rows = [(square * active).sum(1), (square * ~active).sum(1), in_band, active.shape[1] - in_band]
-    columns = torch.where(batch["loss_blocks"][:, None], torch.stack([weighted, *rows], 1), 0)
-    # One sum per shape rather than a scatter: the same bits on every run, on every device.
-    sums = torch.stack([part.sum(0) for part in columns.split(batch["blocks_per_sample"].tolist())])
-    loss, band, extra, in_band, outside = sums.unbind(1)
-    weight = (in_band + lambda_extra * outside).clamp(min=torch.finfo(predicted.dtype).tiny)
-    return loss / weight, band / in_band.clamp(min=1), extra / outside.clamp(min=1)
+        rows_inside = (square * inside).sum(1) / band.clamp(min=1)
+        rows_outside = (square * outside).sum(1) / extra.clamp(min=1)
+    return (value * weight).sum(1), rows_inside, rows_outside
 
 
-def mean_rows(rows: Tensor, batch: Batch) -> Tensor:
-    """Mean over the rows of each shape: [M] -> [B]."""
-    return torch.stack([part.mean() for part in rows.split(batch["blocks_per_sample"].tolist())])
+def shape_of_rows(batch: Batch) -> Tensor:
+    """Number of the shape that each block is of, int64 [M]."""
+    return batch["block_coords"][:, 0].long()
 
 
 class SparseSDFVQVAEObjective:
@@ -120,20 +124,24 @@ class SparseSDFVQVAEObjective:
                 f"got {sum(sizes)}, {max(sizes)} of them in this shape; crop it with max_points, or raise batch_split"
             )
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sums over the shapes of a batch of `terms`: [6], the first with gradient."""
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums over the shapes of a batch: the loss, with its gradient, and `terms` [6] float32, without."""
         out = model(batch)
-        recon, mse_band, mse_extra = reconstruction_terms(
+        loss_rows, mse_band, mse_extra = reconstruction_rows(
             out["sdf"], batch, loss_type=self.args.loss_type, lambda_extra=self.args.lambda_extra
         )
-        commitment = mean_rows(out["commitment_rows"], batch)
-        total = recon + self.args.lambda_commitment * commitment
-        vq = torch.zeros_like(recon)
+        # the codebook's errors are means over a shape's blocks
+        share = 1 / batch["blocks_per_sample"].to(loss_rows.device, non_blocking=True)[shape_of_rows(batch)]
+        commitment = out["commitment_rows"] * share
+        rows = loss_rows + self.args.lambda_commitment * commitment
+        vq = torch.zeros_like(share)
         if out["codebook_rows"] is not None:
-            vq = mean_rows(out["codebook_rows"], batch)
-            total = total + self.args.lambda_vq * vq
-        cropped = batch["cropped"].to(recon)
-        return torch.stack([t.sum() for t in (total, mse_band, mse_extra, vq, commitment, cropped)])
+            vq = out["codebook_rows"] * share
+            rows = rows + self.args.lambda_vq * vq
+        loss = rows.sum()
+        with torch.no_grad():
+            logged = torch.stack([mse_band, mse_extra, vq, commitment]).sum(1)
+            return loss, torch.cat([loss[None], logged, batch["cropped"].sum(0, keepdim=True, dtype=loss.dtype)])
 
     def prepare(self, model: Any, dataset: Any, sampler: ResumableSampler) -> None:
         """Before the first step: a fresh codebook starts from k-means over the first shapes of the stream.
@@ -164,38 +172,37 @@ class SparseSDFVQVAEObjective:
         # Each rank needs a shape, even where there are more ranks than shapes (the stream goes on).
         return max(min(wanted, most), sampler.global_batch)
 
-    def statistics(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Before the optimizer step: figures to log, over all ranks, and how many rows `commit` would overwrite.
-
-        All are scalars on the device; nothing waits for it.
-        """
-        counts, unused = self.quantizer.reduce()
-        return {"perplexity": perplexity(counts), "codes_used": (counts > 0).sum()}, unused
+    def statistics(self) -> dict[str, Tensor]:
+        """Before the optimizer step: figures to log, over all ranks; scalars on the device, nothing waits for it."""
+        counts, self._unused = self.quantizer.reduce()
+        return {"perplexity": perplexity(counts), "codes_used": (counts > 0).sum()}
 
     def commit(
-        self, step: int, *, overwrite: bool, batches: Sequence[Batch], places: Sequence[int]
+        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Callable[[], Sequence[int]]
     ) -> dict[str, Tensor]:
         """After an optimizer step: the codebook takes in the step's statistics.
 
+        In steps at which the quantizer lets codes move this asks the device whether any has to.
+
         Args:
-            overwrite: whether `statistics` found rows to overwrite; only then are the next two read, and only in
-                steps at which the quantizer lets codes move.
+            counts_if: bool scalar on the device, false where the step was skipped.
             batches: this rank's micro-batches. places: of their shapes among those of all ranks, ascending.
 
         Returns:
             {parameter name: rows that were overwritten}, whose moments the optimizer must forget.
         """
         order = None
-        overwrite = overwrite and step % self.quantizer.reseed_every == 0
-        if overwrite:
+        moves = self.quantizer.reseed_after > 0 and step % self.quantizer.reseed_every == 0
+        moves = moves and bool((self._unused > 0) & counts_if)
+        if moves:
             rows = torch.cat([batch["blocks_per_sample"] for batch in batches])
-            order = torch.repeat_interleave(torch.tensor(places), rows)
-        report = self.quantizer.commit(step, reseed=overwrite, order=order)
+            order = torch.repeat_interleave(torch.tensor(places()), rows)
+        report = self.quantizer.commit(step, reseed=moves, order=order, counts_if=counts_if)
         self.usage.add(report.counts)
         return {"quantizer.codebook": report.reseeded}
 
     def discard(self) -> None:
-        """After a step that is skipped, or passes that are repeated: its statistics never happened."""
+        """Before passes that are repeated: their statistics never happened."""
         self.quantizer.discard()
 
     def spare_bytes(self, model: Any) -> int:
