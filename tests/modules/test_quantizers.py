@@ -170,10 +170,10 @@ def test_unused_codes_move_to_data_with_their_averages(use_ema_update):
     rows = torch.randn(50, 2)
     for step in range(1, 3):
         quantizer(rows)
-        assert quantizer.commit(step).reseeded.numel() == 0
+        assert quantizer.commit(step).reseeded.sum() == 0
     quantizer(rows)
     moved = quantizer.commit(3).reseeded
-    assert moved.tolist() == [1, 2, 3, 4, 5]
+    assert moved.tolist() == [False] + 5 * [True]
     assert all((code == rows).all(1).any() for code in quantizer.codebook[moved])
     assert quantizer.unused_steps.max() == 0
     if use_ema_update:
@@ -195,9 +195,8 @@ def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(monkey
         with torch.no_grad():
             quantizer.codebook.copy_(torch.full((6, 2), 100.0))
         quantizer(own)
-        counts, waiting = quantizer.reduce()
-        assert int(waiting) == 5 and int(counts.sum()) == len(own)
-        assert quantizer.commit(1).reseeded.numel() == 5
+        assert int(quantizer.reduce().sum()) == len(own)
+        assert quantizer.commit(1).reseeded.sum() == 5
         books.append(quantizer.codebook.detach()[1:].clone())
     assert torch.equal(*books)
 
@@ -226,16 +225,34 @@ def test_rows_of_interleaved_shapes_count_in_the_joint_order(monkeypatch):
         with torch.no_grad():
             quantizer.codebook.copy_(torch.full((6, 2), 100.0))
         quantizer(rows(mine))
-        assert quantizer.commit(1, order=order(mine)).reseeded.numel() == 5
+        assert quantizer.commit(1, order=order(mine)).reseeded.sum() == 5
         books.append(quantizer.codebook.detach()[1:].clone())
     assert torch.equal(*books)
 
 
-def test_nothing_moves_where_it_was_found_needless():
-    quantizer = VectorQuantizer(4, 2, reseed_after=5)
-    quantizer(torch.randn(9, 2))
-    assert int(quantizer.reduce()[1]) == 0
-    assert quantizer.commit(1, reseed=False).reseeded.numel() == 0 and quantizer.unused_steps.max() <= 1
+@pytest.mark.parametrize("use_ema_update", [False, True])
+def test_a_skipped_step_leaves_no_trace_and_codes_move_only_when_told(use_ema_update):
+    quantizer = VectorQuantizer(6, 2, use_ema_update=use_ema_update, reseed_after=2)
+    with torch.no_grad():
+        quantizer.codebook.copy_(torch.full((6, 2), 100.0))
+        quantizer.codebook[0] = 0
+    if use_ema_update:
+        quantizer.ema_sum.copy_(quantizer.codebook)
+    rows = torch.randn(3, 2)
+    for step in (1, 2):
+        quantizer(rows)
+        assert quantizer.commit(step, reseed=False).reseeded.sum() == 0
+    assert quantizer.unused_steps.tolist() == [0, 2, 2, 2, 2, 2]  # at their limit, and waiting for leave
+    before = {name: t.clone() for name, t in quantizer.state_dict().items()}
+    quantizer(rows)
+    report = quantizer.commit(3, counts_if=torch.tensor(False))
+    assert report.reseeded.sum() == 0 and report.counts.sum() == 0
+    assert all(torch.equal(t, before[name]) for name, t in quantizer.state_dict().items())
+    quantizer(rows)
+    report = quantizer.commit(4, counts_if=torch.tensor(True))
+    assert report.reseeded.tolist() == [False, True, True, True, False, False]  # three rows, each for one code
+    assert sorted(quantizer.codebook[1:4].tolist()) == sorted(rows.tolist())
+    assert quantizer.unused_steps.tolist() == [0, 0, 0, 0, 3, 3] and report.counts.sum() == 3
 
 
 def test_kmeans_finds_separated_clusters_and_uses_every_code():
@@ -296,5 +313,5 @@ def test_two_ranks_hold_bit_identical_codebooks(tmp_path, use_ema_update):
     assert torch.equal(a["codebook"], b["codebook"])
     assert torch.equal(a["counts"], b["counts"]) and (a["counts"].sum(1) == 9).all()
     assert all(torch.equal(x, y) for x, y in zip(a["reseeded"], b["reseeded"]))
-    assert sum(x.numel() for x in a["reseeded"]) > 0
+    assert sum(x.sum() for x in a["reseeded"]) > 0
     assert a["gathered"][:, 0].tolist() == [0, 1, 1]

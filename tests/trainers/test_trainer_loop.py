@@ -18,6 +18,7 @@ from trellis.trainers import build as build_module
 from trellis.trainers.base import Trainer
 from trellis.trainers.build import RunOptions, build_trainer, differing_keys
 from trellis.trainers.checkpoint import CheckpointError, find_checkpoint, load_misc, load_weights
+from trellis.trainers.memory import OutOfDeviceMemory
 from trellis.utils.dist_utils import Ranks
 
 
@@ -141,6 +142,51 @@ def test_reading_a_step_while_the_next_is_at_work_changes_nothing(tmp_path: Path
     assert caplog.text.count("step 3: the gradient is not finite") == 2
 
 
+def test_a_run_that_breaks_off_logs_the_steps_that_are_done(tmp_path: Path, prepared: Path, monkeypatch):
+    """Bad data, and memory that runs out, in the fifth step, while the fourth has not been read."""
+    def bad_data(trainer):
+        raise InputError("shape x: broken")
+
+    def no_memory(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for name, failure, error in (("data", bad_data, "shape x"), ("memory", no_memory, "step 5: the device ran out")):
+        trainer = build(tmp_path, prepared, tiny_config(i_log=None, i_ddpcheck=None), name)
+        trainer.reads_late = True
+        real = trainer.objective.losses
+
+        def losses(*args, trainer=trainer, real=real, failure=failure):
+            if trainer.step == 4:
+                failure(trainer)
+            return real(*args)
+
+        trainer.objective.losses = losses
+        with pytest.raises((InputError, OutOfDeviceMemory), match=error):
+            trainer.run()
+        assert [r["step"] for r in read_log(tmp_path / name)] == [1, 2, 3, 4]
+    # figures that do not come are not waited for
+    monkeypatch.setattr(base, "LAST_STEPS_S", 0.05)
+    monkeypatch.setattr(base.OnTheWay, "arrived", lambda figures: False)
+    trainer = build(tmp_path, prepared, tiny_config(i_log=None, i_ddpcheck=None), "stuck")
+    trainer.reads_late = True
+    with pytest.raises(ZeroDivisionError):
+        trainer.run(after_step=lambda step: 1 // (3 - step))
+    assert [r["step"] for r in read_log(tmp_path / "stuck")] == [1, 2]
+
+
+def test_a_reason_to_stop_comes_before_giving_up(tmp_path: Path, prepared: Path):
+    """SIGTERM while step after step is skipped: the tenth, launched meanwhile, does not keep it from saving."""
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=30, batch_size_per_gpu=1, i_log=None, i_ddpcheck=None))
+    trainer.reads_late = True
+    poison(trainer, set(range(3, 30)))
+
+    def interrupt(step: int) -> None:
+        if step == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert trainer.run(after_step=interrupt) == 143 and find_checkpoint(tmp_path / "run").step == 12
+
+
 def test_a_signal_is_heard_one_step_late_and_everything_is_saved(tmp_path: Path, prepared: Path):
     trainer = build(tmp_path, prepared, tiny_config(max_steps=30, i_log=None, i_ddpcheck=None))
     trainer.reads_late = True
@@ -177,7 +223,7 @@ def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_pa
         if step == 3:
             with torch.no_grad():
                 codebook[rows] = 7.0
-            overwritten = {"quantizer.codebook": rows}
+            overwritten = {"quantizer.codebook": torch.zeros(32, dtype=torch.bool).index_fill(0, rows, True)}
         return overwritten
 
     trainer.objective.commit = commit
@@ -202,7 +248,7 @@ def test_codes_move_at_every_tenth_of_their_patience(tmp_path: Path, prepared: P
 
     def commit(step: int, *given, **named):
         overwritten = real(step, *given, **named)
-        moved[step] = len(overwritten["quantizer.codebook"])
+        moved[step] = int(overwritten["quantizer.codebook"].sum()) if overwritten else 0
         return overwritten
 
     trainer.objective.commit = commit

@@ -447,6 +447,17 @@ def test_amp_scales_and_backs_off():
     assert again.scale.log2 == 15
 
 
+def test_a_loss_scale_of_before_goes_on():
+    """Checkpoints that kept amp's scale as `torch.amp.GradScaler` does, and the other's beside it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0).state_dict() | {"_growth_tracker": 5}
+    amp = Precision(Halves(), "amp")
+    amp.load_state_dict({"mode": "amp", "log_scale": 20.0, "scaler": scaler})
+    assert amp.state_dict()["scale"] == {"log_scale": 10.0, "finite_steps": 5}
+    inflat_all = Precision(Halves(), "inflat_all")
+    inflat_all.load_state_dict({"mode": "inflat_all", "log_scale": 8.3, "scaler": {}})
+    assert inflat_all.state_dict()["scale"] == {"log_scale": 8.3, "finite_steps": 0}
+
+
 def test_half_precision_on_a_cpu_becomes_float32_in_one_line(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     cpu = torch.device("cpu")
@@ -505,9 +516,10 @@ def alarms_of(usage: CodebookUsage, steps: list[torch.Tensor], caplog: pytest.Lo
 
 def test_collapse_is_announced_within_an_epoch_once_per_episode(caplog: pytest.LogCaptureFixture):
     steps = [COLLAPSED] * 400 + [HEALTHY] * 50 + [COLLAPSED] * 200
-    assert alarms_of(usage(), steps, caplog) == [100, 550]
-    assert alarms_of(usage(reseed_after=130), steps, caplog) == [300]  # re-seeding has had its chance
-    assert alarms_of(usage(), [COLLAPSED] * 200, caplog, epoch=30) == [120]  # periods end with epochs
+    # each with the step after the period that decides it, when its figures have come from the device
+    assert alarms_of(usage(), steps, caplog) == [101, 551]
+    assert alarms_of(usage(reseed_after=130), steps, caplog) == [301]  # re-seeding has had its chance
+    assert alarms_of(usage(), [COLLAPSED] * 200, caplog, epoch=30) == [121]  # periods end with epochs
     assert alarms_of(usage(speaks=False), steps, caplog) == []
 
 
@@ -524,7 +536,7 @@ def test_the_watch_goes_on_after_a_restart(caplog: pytest.LogCaptureFixture):
     first, second = usage(), usage()
     assert alarms_of(first, [COLLAPSED] * 60, caplog) == []
     second.load_state_dict(first.state_dict())
-    assert alarms_of(second, [COLLAPSED] * 90, caplog) == [40]
+    assert alarms_of(second, [COLLAPSED] * 90, caplog) == [41]
     third = usage()
     third.load_state_dict(second.state_dict())
     assert alarms_of(third, [COLLAPSED] * 90, caplog) == []
@@ -536,8 +548,8 @@ def test_figures_of_an_epoch_are_of_all_its_steps():
         counts = torch.zeros(4000, dtype=torch.int64)
         counts[step] = 5
         watched.add(counts)
-    assert watched.finish_epoch() == {
+    assert watched.finish_epoch()() == {
         "epoch_perplexity": pytest.approx(70), "epoch_codes_used": 70, "epoch_share_used": 70 / 4000,
         "epoch_dead_codes": 3930,
     }
-    assert watched.finish_epoch()["epoch_codes_used"] == 0
+    assert watched.finish_epoch()()["epoch_codes_used"] == 0

@@ -40,7 +40,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class CommitReport:
-    """One optimizer step: `counts` int64 [K], rows of all ranks per code; `reseeded` int64 [r], codes moved to data."""
+    """One optimizer step: `counts` int64 [K], rows of all ranks per code; `reseeded` bool [K], codes moved to data."""
 
     counts: Tensor
     reseeded: Tensor
@@ -154,7 +154,7 @@ class VectorQuantizer(nn.Module):
 
     Attributes:
         reseed_every: steps at whose multiples training should let codes move, a tenth of `reseed_after`: with many
-            codes some reach their limit in almost every step, and moving them waits for the device.
+            codes some reach their limit in almost every step, and ranks that move them wait for each other.
     """
 
     codebook: Tensor
@@ -268,11 +268,11 @@ class VectorQuantizer(nn.Module):
         """Forget the statistics since the last `commit`."""
         self._pending = None
 
-    def reduce(self) -> tuple[Tensor, Tensor]:
-        """Sum the step's statistics over ranks (collective), without waiting for the device.
+    def reduce(self) -> Tensor:
+        """Sum the step's statistics over ranks (collective).
 
         Returns:
-            counts int64 [K], rows of all ranks per code; and an int64 scalar, how many codes `commit` would re-seed.
+            int64 [K], rows of all ranks per code.
 
         Raises:
             RuntimeError: no forward in training mode came before.
@@ -285,25 +285,22 @@ class VectorQuantizer(nn.Module):
             if pending.sums is not None:
                 dist.all_reduce(pending.sums)
         pending.reduced = True
-        if not self.reseed_after:
-            return pending.counts, torch.zeros_like(pending.counts[0])
-        unused = (self.unused_steps + 1).masked_fill_(pending.counts > 0, 0)
-        return pending.counts, (unused >= self.reseed_after).sum()
+        return pending.counts
 
     @torch.no_grad()
     def commit(
         self, step: int, *, reseed: bool = True, order: Tensor | None = None, counts_if: Tensor | None = None
     ) -> CommitReport:
-        """Apply the statistics of one optimizer step; collective over ranks.
+        """Apply the statistics of one optimizer step; collective over ranks. One rank alone waits for nothing.
 
         Args:
             step: number of the optimizer step; seeds the choice of rows for unused codes.
-            counts_if: bool scalar on the device, false where the step was skipped: then nothing changes, and the
-                report counts no row. `reseed` must then be False. None: the step counts.
-            reseed: False where `reduce` found no code to re-seed: then nothing waits for the device.
+            reseed: whether unused codes move now.
             order: int64 [N], ascending: where this rank's rows of the step stand among those of all ranks, with equal
                 numbers only for neighbours on one rank. Unused codes then move to the rows that one rank with all of
                 them would draw. None: rank after rank.
+            counts_if: bool scalar on the device, false where the step was skipped: then nothing changes, and the
+                report counts no row. None: the step counts.
 
         Raises:
             RuntimeError: no forward in training mode came before.
@@ -322,16 +319,15 @@ class VectorQuantizer(nn.Module):
         for name, value in after.items():
             before = getattr(self, name)
             before.copy_(value if counts_if is None else torch.where(counts_if, value, before))
-        counts = counts if counts_if is None else counts * counts_if
-        return CommitReport(counts, self._reseed(pending, step, wanted=reseed, order=order))
+        dead = self.unused_steps >= self.reseed_after
+        if counts_if is not None:
+            counts, dead = counts * counts_if, dead & counts_if
+        if not (reseed and self.reseed_after):
+            return CommitReport(counts, torch.zeros_like(dead))
+        return CommitReport(counts, self._reseed(dead, pending, step, order))
 
-    def _reseed(self, pending: _Pending, step: int, *, wanted: bool, order: Tensor | None) -> Tensor:
-        none = torch.empty(0, dtype=torch.long, device=self.codebook.device)
-        if not self.reseed_after or not wanted:
-            return none
-        dead = torch.nonzero(self.unused_steps >= self.reseed_after)[:, 0]
-        if dead.numel() == 0:
-            return none
+    def _reseed(self, dead: Tensor, pending: _Pending, step: int, order: Tensor | None) -> Tensor:
+        """Move codes of a mask [K] to rows of the step; returns those that had a row to move to, likewise."""
         # Every rank keeps its first rows; the first of all of them are those that one rank would have kept.
         own = torch.cat(pending.rows)
         pool = gather_rows(own)
@@ -340,15 +336,19 @@ class VectorQuantizer(nn.Module):
             pool = pool[places.argsort(stable=True)]
         pool = pool[:MAX_POOL_ROWS]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
-        chosen = torch.randperm(pool.shape[0], generator=generator)[: dead.numel()]
-        dead = dead[: chosen.numel()]
-        seeds = pool[chosen.to(pool.device)]
-        self.codebook[dead] = seeds
-        self.unused_steps[dead] = 0
+        chosen = torch.randperm(pool.shape[0], generator=generator)[: self.num_embeddings]
+        if pool.is_cuda:
+            chosen = chosen.pin_memory()
+        seeds = pool[chosen.to(pool.device, non_blocking=True)]
+        place = dead.cumsum(0) - 1  # of a code among those that are to move
+        moved = dead & (place < len(seeds))
+        seeds = seeds[place.clamp(0, len(seeds) - 1)]
+        self.codebook.copy_(torch.where(moved[:, None], seeds, self.codebook))
+        self.unused_steps.masked_fill_(moved, 0)
         if self.use_ema_update:
-            self.ema_count[dead] = 1
-            self.ema_sum[dead] = seeds
-        return dead
+            self.ema_count.masked_fill_(moved, 1)
+            self.ema_sum.copy_(torch.where(moved[:, None], seeds, self.ema_sum))
+        return moved
 
     @torch.no_grad()
     def initialize(self, rows: Tensor, seed: int = 0) -> None:

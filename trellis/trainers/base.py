@@ -36,6 +36,7 @@ from trellis.trainers.precision import Precision, mode_on_device
 from trellis.trainers.random_state import random_state, seed_everything, set_random_state
 from trellis.trainers.sampler import ResumableSampler
 from trellis.trainers.stop import NUM_FLAGS, StopSignals, agreed_exit_code
+from trellis.trainers.transfer import OnTheWay
 from trellis.utils.dist_utils import Ranks, broadcast_from_first_, gather_objects, sum_over_ranks_
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ Batch = dict[str, Any]
 MAX_SKIPPED_STEPS = {True: 50, False: 10}
 """Steps in a row without a finite gradient before training gives up: with a loss scale, which has to find its level
 first, and without one."""
+LAST_STEPS_S = 3.0
+"""How long a run that breaks off waits for the figures of steps that the device is at work on; with several ranks it
+may be waiting for one that will not come."""
 
 
 class Objective(Protocol):
@@ -61,12 +65,12 @@ class Objective(Protocol):
     def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
     def statistics(self) -> Mapping[str, Tensor]: ...
     def commit(
-        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Callable[[], Sequence[int]]
+        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Sequence[int] | None
     ) -> Mapping[str, Tensor]: ...
     def discard(self) -> None: ...
     def spare_bytes(self, model: nn.Module) -> int: ...
     def release_spare(self, model: nn.Module) -> None: ...
-    def finish_epoch(self) -> dict[str, float]: ...
+    def finish_epoch(self) -> Callable[[], dict[str, float]]: ...
     def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -77,14 +81,18 @@ class LaunchedStep:
     """A step that the device may still be at work on.
 
     Attributes:
-        record: what the host knows of its line in the log. names: of `figures`, float64 on the host once `read` is
-            called. flags: how many reasons to stop follow them there, the gradient's norm last.
+        record: what the host knows of its line in the log.
+        names: of the objective's figures and those of the loop.
+        figures: the device's part: sums of the objective's terms, reasons to stop, the figures of those names, and the
+            gradient's norm.
+        epoch_figures: waits for those of the epoch that the step ends; nothing where it ends none.
         shapes: of this rank, for messages.
     """
 
     record: dict[str, Any]
     names: list[str]
-    figures: Callable[[], list[float]]
+    figures: OnTheWay
+    epoch_figures: Callable[[], dict[str, float]]
     shapes: list[str]
 
 
@@ -197,34 +205,36 @@ class Trainer:
                 while self.step < last and exit_code is None:
                     stop.log_failed = log.failed
                     waited = batches.waited_s
-                    micro_batches = next(batches)
+                    micro_batches, number = next(batches), self.step + 1
                     try:
-                        launched.append(self._launch_step(micro_batches, stop, batches.prefetch))
+                        launched.append(self._launch_step(micro_batches, stop))
+                        batches.prefetch()
                     except torch.OutOfMemoryError as error:
-                        raise out_of_memory(self.step + 1, micro_batches, self.device, str(error)) from error
+                        raise out_of_memory(number, micro_batches, self.device, str(error)) from error
                     launched[-1].record["data_s"] = batches.waited_s - waited
                     all_of_them = not self.reads_late or self.step == last or self._due_now()
                     while len(launched) > (0 if all_of_them else 1):
-                        reason = self._finish_step(launched.popleft(), log)
+                        reason = self._finish_step(launched.popleft(), log, give_up=exit_code is None)
                         exit_code = exit_code or reason
+                    if log.failed and self.ranks.world_size == 1:  # several agree on it with the next step
+                        exit_code = exit_code or EXIT_FAILED
                     if max_steps is None:
                         self._every_so_many_steps(log)
                     if after_step is not None:
                         after_step(self.step)
                 while launched:
-                    self._finish_step(launched.popleft(), log)
+                    self._finish_step(launched.popleft(), log, give_up=False)
                 if max_steps is None:
                     self.save()
                     if exit_code is None and self.args.i_sample and self.step % self.args.i_sample:
                         self._write_samples(log)
         finally:
+            self._log_what_has_come(launched, log)
             log.close()
         return exit_code or (EXIT_FAILED if log.failed else 0)
 
-    def _launch_step(
-        self, micro_batches: list[Batch], stop: StopSignals, meanwhile: Callable[[], None]
-    ) -> LaunchedStep:
-        """Hand a step's work to the device; `meanwhile` is called when that is done."""
+    def _launch_step(self, micro_batches: list[Batch], stop: StopSignals) -> LaunchedStep:
+        """Hand a step's work to the device."""
         terms = self.objective.terms
         sums = self._passes_in_memory(micro_batches)
         sum_over_ranks_(self.precision.gradient)
@@ -237,7 +247,7 @@ class Trainer:
             figures["loss_scale"] = self.precision.scale.factor()
         norm = self.precision.unscale()
         own = torch.stack([value.double() for value in (*figures.values(), norm)])
-        read = to_host(torch.cat([sums.double(), own]))
+        on_the_way = OnTheWay(torch.cat([sums.double(), own]))
         self._update(norm, micro_batches)
         record: dict[str, Any] = {"step": self.step + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         with warnings.catch_warnings():
@@ -245,34 +255,56 @@ class Trainer:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step()
         self.step += 1
-        epoch = self.sampler.epoch
+        epoch, epoch_figures = self.sampler.epoch, dict
         self.sampler.advance()
         if self.sampler.epoch > epoch:
-            record |= {"epoch": self.sampler.epoch, **self.objective.finish_epoch()}
-        meanwhile()
+            record["epoch"], epoch_figures = self.sampler.epoch, self.objective.finish_epoch()
         shapes = [name for batch in micro_batches for name in batch["sha256"]]
-        return LaunchedStep(record, list(figures), read, shapes)
+        return LaunchedStep(record, list(figures), on_the_way, epoch_figures, shapes)
 
-    def _finish_step(self, launched: LaunchedStep, log: RunLog) -> int | None:
-        """Wait for a step and log it; returns the exit code where a rank has a reason to stop."""
+    def _finish_step(self, launched: LaunchedStep, log: RunLog, *, give_up: bool) -> int | None:
+        """Wait for a step and log it; returns the exit code where a rank has a reason to stop.
+
+        Args:
+            give_up: raise where too many steps in a row had no finite gradient.
+        """
+        record, flags = self._record_of(launched)
+        now = time.perf_counter()
+        record["step_s"], self._finished_at = now - self._finished_at, now
+        if math.isfinite(record["grad_norm"]):
+            self._skipped = 0
+        else:
+            self._count_skipped(record["step"], launched.shapes, give_up=give_up)
+        self._log_step(log, record)
+        return agreed_exit_code(flags)
+
+    def _record_of(self, launched: LaunchedStep) -> tuple[dict[str, Any], list[float]]:
+        """The line of a step in the log, and the reasons to stop, summed over ranks."""
         terms = self.objective.terms
-        values = launched.figures()
+        values = launched.figures.read()
         sums, flags, own = values[: len(terms)], values[len(terms) :][:NUM_FLAGS], values[len(terms) + NUM_FLAGS :]
-        grad_norm = own.pop()
+        *own, grad_norm = own
         record = launched.record
         record |= {name: value / self.sampler.global_batch for name, value in zip(terms, sums)}
         record["grad_norm"] = grad_norm
-        finite = math.isfinite(grad_norm)
         known = dict(zip(launched.names, own, strict=True))
-        record |= known if finite else {name: value for name, value in known.items() if name == "loss_scale"}
-        now = time.perf_counter()
-        record["step_s"], self._finished_at = now - self._finished_at, now
-        if finite:
-            self._skipped = 0
-        else:
-            self._count_skipped(record["step"], launched.shapes)
-        self._log_step(log, record)
-        return agreed_exit_code(flags)
+        if not math.isfinite(grad_norm):
+            known = {name: value for name, value in known.items() if name == "loss_scale"}
+        record |= {**known, **launched.epoch_figures()}
+        return record, flags
+
+    def _log_what_has_come(self, launched: deque[LaunchedStep], log: RunLog) -> None:
+        """When a run breaks off: the lines of its last steps, unless the device does not come to their end soon."""
+        deadline = time.monotonic() + LAST_STEPS_S
+        try:
+            while launched:
+                while not launched[0].figures.arrived():
+                    if time.monotonic() > deadline:
+                        return
+                    time.sleep(0.01)
+                log.write(self._record_of(launched.popleft())[0])
+        except RuntimeError as error:  # of the device
+            logger.debug("the figures of the last steps were lost: %s", error)
 
     def _passes_in_memory(self, micro_batches: list[Batch]) -> Tensor:
         """`_passes`; where memory runs out, once more with what the model holds for speed alone given back."""
@@ -304,29 +336,28 @@ class Trainer:
         """One optimizer step, or none where the gradient is not finite; all ranks have the same norm and agree."""
         counts = self.precision.step(self.optimizer, norm, self.clipper.limit())
         self.clipper.add(norm, counts)
-        overwritten = self.objective.commit(
-            self.step + 1, counts, batches=micro_batches, places=self.sampler.places
-        )
+        places = self.sampler.places() if self.ranks.world_size > 1 else None
+        overwritten = self.objective.commit(self.step + 1, counts, batches=micro_batches, places=places)
         for name, rows in overwritten.items():
             self._forget_moments(name, rows)
         for ema in self.ema.values():
             ema.update(self.precision.flat["weights"], counts)
 
     def _forget_moments(self, name: str, rows: Tensor) -> None:
-        """Rows that were overwritten start without the optimizer's memory of what was there."""
-        if name not in self.precision.parameters or rows.numel() == 0:
+        """Rows of a mask, which were overwritten, start without the optimizer's memory of what was there."""
+        if name not in self.precision.parameters:
             return
         flat = self.precision.flat[self.precision.group_of(name)]
         for value in self.optimizer.state.get(flat, {}).values():
             if isinstance(value, Tensor) and value.shape == flat.shape:
-                self.precision.view(name, value)[rows] = 0
+                self.precision.view(name, value).masked_fill_(rows[:, None], 0)
 
-    def _count_skipped(self, step: int, shapes: list[str]) -> None:
+    def _count_skipped(self, step: int, shapes: list[str], *, give_up: bool) -> None:
         self._skipped += 1
         scaled = self.precision.scales_loss
         if not scaled:
             logger.warning("step %d: the gradient is not finite, no update; shapes %s", step, shapes)
-        if self._skipped >= MAX_SKIPPED_STEPS[scaled]:
+        if give_up and self._skipped >= MAX_SKIPPED_STEPS[scaled]:
             raise FloatingPointError(
                 f"step {step}: no finite gradient in {self._skipped} steps in a row; lower the learning rate, "
                 "clip gradients, or train in float32 (fp16_mode null)"
@@ -503,19 +534,3 @@ class Trainer:
 def is_due(step: int, every: int | None) -> bool:
     """Whether something that happens every so many steps, or never (None), happens after this one."""
     return every is not None and step % every == 0
-
-
-def to_host(values: Tensor) -> Callable[[], list[float]]:
-    """Start copying a tensor to the host; the function that is returned waits for its numbers and returns them."""
-    if not values.is_cuda:
-        return values.tolist
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record()
-
-    def read() -> list[float]:
-        there.synchronize()
-        return copy.tolist()
-
-    return read

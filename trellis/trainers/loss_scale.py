@@ -33,7 +33,7 @@ class LossScale:
         """After a step; `finite`: bool scalar, whether its gradient was."""
         run = (self.finite_steps + 1) * finite
         rises = run == self.interval
-        self.log2 += torch.where(finite, self.growth * rises, -1.0)
+        self.log2 += torch.where(finite, self.growth * rises.double(), -1.0)
         self.finite_steps.copy_(run.masked_fill_(rises, 0))
 
     def state_dict(self) -> dict[str, float]:

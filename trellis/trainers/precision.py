@@ -258,5 +258,13 @@ class Precision:
         """Take over the loss scale; one of another mode starts afresh."""
         if state["mode"] != self.mode:
             logger.warning("the checkpoint was trained with fp16_mode %s, this run has %s", state["mode"], self.mode)
-        elif self.scale is not None and state.get("scale") is not None:
-            self.scale.load_state_dict(state["scale"])
+        elif self.scale is not None:
+            self.scale.load_state_dict(state["scale"] if "scale" in state else _scale_of_before(state))
+
+
+def _scale_of_before(state: dict[str, Any]) -> dict[str, float]:
+    """The loss scale of a checkpoint of version 0.1's first months, which kept amp's as `torch.amp.GradScaler` does."""
+    if state["mode"] == "inflat_all":
+        return {"log_scale": state["log_scale"], "finite_steps": 0}
+    scaler = state["scaler"]
+    return {"log_scale": math.log2(scaler["scale"]), "finite_steps": scaler["_growth_tracker"]}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from trellis.trainers.transfer import OnTheWay
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,9 @@ def perplexity(counts: torch.Tensor) -> torch.Tensor:
 class CodebookUsage:
     """Counts of rows per code, all ranks together: the figures of an epoch, and a watch for collapse.
 
+    Nothing waits for the device: the figures of a period are read, and judged, with the next step or when the state is
+    asked for.
+
     A collapse is announced once all periods of `patience_steps` in a row are collapsed, and again only after a period
     that is not. The patience is what re-seeding of unused codes needs to mend it, twice, and at least
     `MIN_PATIENCE_STEPS`: the first steps of a training raise no alarm, nor does a dip that passes.
@@ -50,36 +56,51 @@ class CodebookUsage:
         self.recent_steps = 0
         self.collapsed_steps = 0
         self.announced = False
+        self._unjudged: tuple[int, OnTheWay] | None = None  # steps of a period, and its figures
 
     def add(self, counts: torch.Tensor) -> None:
-        """Take in one step, with no rows if it was skipped; every `PERIOD_STEPS` this waits for the device."""
+        """Take in one step, with no rows if it was skipped."""
+        self._judge()
         self.recent += counts
         self.recent_steps += 1
         if self.recent_steps == PERIOD_STEPS:
-            self._finish_period(*torch.stack(_figures(self.recent)).tolist())
+            self._end_period()
 
-    def finish_epoch(self) -> dict[str, float]:
-        """Figures of the epoch that ends, and a fresh start."""
-        whole = self.counts + self.recent
-        *period, _, used, value = torch.stack([*_figures(self.recent), *_figures(whole)]).tolist()  # one wait
+    def finish_epoch(self) -> Callable[[], dict[str, float]]:
+        """A fresh start; the function that is returned waits for the figures of the epoch that ends."""
         if self.recent_steps:
-            self._finish_period(*period)
+            self._end_period()
+        whole = OnTheWay(torch.stack(_figures(self.counts)))
+        codes = self.counts.numel()
         self.counts.zero_()
-        codes = whole.numel()
-        return {
-            "epoch_perplexity": value,
-            "epoch_codes_used": int(used),
-            "epoch_share_used": used / codes,
-            "epoch_dead_codes": codes - int(used),
-        }
 
-    def _finish_period(self, rows: float, used: float, value: float) -> None:
-        steps, self.recent_steps = self.recent_steps, 0
+        def figures() -> dict[str, float]:
+            _, used, value = whole.read()
+            return {
+                "epoch_perplexity": value,
+                "epoch_codes_used": int(used),
+                "epoch_share_used": used / codes,
+                "epoch_dead_codes": codes - int(used),
+            }
+
+        return figures
+
+    def _end_period(self) -> None:
+        self._judge()
+        self._unjudged = self.recent_steps, OnTheWay(torch.stack(_figures(self.recent)))
         self.counts += self.recent
         self.recent.zero_()
-        codes = self.counts.numel()
+        self.recent_steps = 0
+
+    def _judge(self) -> None:
+        """Whether the period that ended last is collapsed, and what follows."""
+        if self._unjudged is None:
+            return
+        (steps, figures), self._unjudged = self._unjudged, None
+        rows, used, value = figures.read()
         if rows < MIN_ROWS:
             return
+        codes = self.counts.numel()
         if value >= max(2.0, COLLAPSE_SHARE * min(codes, rows)):
             self.collapsed_steps, self.announced = 0, False
             return
@@ -97,6 +118,7 @@ class CodebookUsage:
             )
 
     def state_dict(self) -> dict[str, Any]:
+        self._judge()
         return {
             "counts": self.counts.cpu(), "recent": self.recent.cpu(), "recent_steps": self.recent_steps,
             "collapsed_steps": self.collapsed_steps, "announced": self.announced,

@@ -174,32 +174,30 @@ class SparseSDFVQVAEObjective:
 
     def statistics(self) -> dict[str, Tensor]:
         """Before the optimizer step: figures to log, over all ranks; scalars on the device, nothing waits for it."""
-        counts, self._unused = self.quantizer.reduce()
+        counts = self.quantizer.reduce()
         return {"perplexity": perplexity(counts), "codes_used": (counts > 0).sum()}
 
     def commit(
-        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Callable[[], Sequence[int]]
+        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Sequence[int] | None
     ) -> dict[str, Tensor]:
         """After an optimizer step: the codebook takes in the step's statistics.
 
-        In steps at which the quantizer lets codes move this asks the device whether any has to.
-
         Args:
             counts_if: bool scalar on the device, false where the step was skipped.
-            batches: this rank's micro-batches. places: of their shapes among those of all ranks, ascending.
+            batches: this rank's micro-batches. places: of their shapes among those of all ranks, ascending; None where
+                there is one rank.
 
         Returns:
-            {parameter name: rows that were overwritten}, whose moments the optimizer must forget.
+            {parameter name: mask of its rows that were overwritten}, whose moments the optimizer must forget.
         """
+        reseed = self.quantizer.reseed_after > 0 and step % self.quantizer.reseed_every == 0
         order = None
-        moves = self.quantizer.reseed_after > 0 and step % self.quantizer.reseed_every == 0
-        moves = moves and bool((self._unused > 0) & counts_if)
-        if moves:
+        if reseed and places is not None:
             rows = torch.cat([batch["blocks_per_sample"] for batch in batches])
-            order = torch.repeat_interleave(torch.tensor(places()), rows)
-        report = self.quantizer.commit(step, reseed=moves, order=order, counts_if=counts_if)
+            order = torch.repeat_interleave(torch.tensor(places), rows)
+        report = self.quantizer.commit(step, reseed=reseed, order=order, counts_if=counts_if)
         self.usage.add(report.counts)
-        return {"quantizer.codebook": report.reseeded}
+        return {"quantizer.codebook": report.reseeded} if reseed else {}
 
     def discard(self) -> None:
         """Before passes that are repeated: their statistics never happened."""
@@ -216,7 +214,7 @@ class SparseSDFVQVAEObjective:
         model.cuda_graphs = False
         model.release_graphs()
 
-    def finish_epoch(self) -> dict[str, float]:
+    def finish_epoch(self) -> Callable[[], dict[str, float]]:
         return self.usage.finish_epoch()
 
     def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None:
