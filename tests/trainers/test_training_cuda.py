@@ -63,24 +63,24 @@ def test_memory_does_not_creep(tmp_path: Path, cuda_device: str):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["inflat_all", "amp", "bf16"])
 def test_a_step_does_not_wait_for_the_device(tmp_path: Path, prepared: Path, cuda_device: str, mode: str):
-    """Its figures are read through an event, one step later; see `Trainer`."""
+    """Its figures are read through an event, one step later; so are those of an epoch and of a period of 50 steps."""
     clipper = {"name": "AdaptiveGradClipper", "args": {"max_norm": 1.0, "buffer_size": 5}}
     config = tiny_config(
-        max_steps=20, fp16_mode=mode, num_workers=1, i_ddpcheck=None, i_log=None, i_print=None, grad_clip=clipper
+        max_steps=80, fp16_mode=mode, num_workers=1, i_ddpcheck=None, i_log=None, i_print=None, grad_clip=clipper
     )
     # recording a graph waits, and may fall on any step; that a replay does not is tested with the graphs
-    config["models"]["vqvae"]["args"] |= {"reseed_after": 1000, "cuda_graphs": False}
+    config["models"]["vqvae"]["args"] |= {"reseed_after": 5, "num_embeddings": 500, "cuda_graphs": False}
     path = write_config(tmp_path / "c.json", config)
     options = RunOptions(config=str(path), output_dir=str(tmp_path / "run"), data_dir=str(prepared), device="cuda")
     trainer = build_trainer(options, Ranks(), torch.device(cuda_device, 0))
 
     def count(step: int) -> None:
-        torch.cuda.set_sync_debug_mode("warn" if step == 11 else "default")
+        torch.cuda.set_sync_debug_mode("warn" if 11 <= step < 70 else "default")
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.run(max_steps=12, after_step=count)
-    assert [r["step"] for r in read_log(tmp_path / "run")] == list(range(1, 13))
+        trainer.run(max_steps=72, after_step=count)
+    assert [r["step"] for r in read_log(tmp_path / "run")] == list(range(1, 73))
     assert [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)] == []
 
 
