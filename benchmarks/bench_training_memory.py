@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from shell_batch import machine
 
-from trellis.datasets.sparse_sdf import collate
 from trellis.trainers.build import RunOptions, build_trainer
 from trellis.trainers.loader import to_device
 from trellis.utils.dist_utils import Ranks
@@ -45,16 +44,16 @@ def main() -> None:
     results = {"date": date.today().isoformat(), **machine(), "overrides": args.overrides, "rows": []}
     # The largest goes first and last: the first time, buffers that stay are made.
     for sample in (samples[-1], samples[0], samples[-1]):
-        batch = to_device(collate([sample]), device)
+        batch = to_device(trainer.objective.collate([sample]), device)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        terms = trainer.objective.losses(trainer.model, batch)
-        trainer.precision.backward(terms[0])
+        loss, logged = trainer.objective.losses(trainer.model, batch)
+        trainer.precision.backward(loss)
         peak = torch.cuda.max_memory_allocated() - before
         trainer.objective.discard()
         trainer.precision.drop()
-        del terms
+        del loss, logged
         row = {"blocks": len(sample["block_coords"]), "level_sizes": sample["level_sizes"]}
         results["rows"].append({**row, "measured_gb": peak / 1e9, "estimated_gb": cost(sample) / 1e9})
         print(json.dumps({"overrides": args.overrides, **results["rows"][-1]}), flush=True)

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import distributed as dist
 
 from trellis.modules import quantizers
-from trellis.modules.quantizers import VectorQuantizer, gather_rows, kmeans, nearest_code, rotate
+from trellis.modules.quantizers import JointRows, VectorQuantizer, gather_rows, kmeans, nearest_code, rotate
 
 
 def test_nearest_code_in_chunks_equals_all_distances(monkeypatch):
@@ -183,51 +183,54 @@ def test_unused_codes_move_to_data_with_their_averages(use_ema_update):
     assert (quantizer.commit(4).counts > 0).sum() > 3
 
 
-def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(monkeypatch):
-    """Two ranks hold each their first rows; the codes get those that one rank with the joint batch would give them."""
-    monkeypatch.setattr(quantizers, "MAX_POOL_ROWS", 8)
-    first, second = torch.randn(8, 2), torch.randn(5, 2)
-    books = []
-    for own, others in ((torch.cat([first, second]), None), (first, second)):
-        joint = (lambda rows: rows) if others is None else (lambda rows: torch.cat([rows, second]))
-        monkeypatch.setattr(quantizers, "gather_rows", joint)
-        quantizer = VectorQuantizer(6, 2, reseed_after=1)
-        with torch.no_grad():
-            quantizer.codebook.copy_(torch.full((6, 2), 100.0))
-        quantizer(own)
-        assert int(quantizer.reduce().sum()) == len(own)
-        assert quantizer.commit(1).reseeded.sum() == 5
-        books.append(quantizer.codebook.detach()[1:].clone())
-    assert torch.equal(*books)
+POOL = 11
+SHAPES = [torch.randn(n, 2, generator=torch.Generator().manual_seed(n)) for n in (3, 4, 2, 5)]
 
 
-def test_rows_of_interleaved_shapes_count_in_the_joint_order(monkeypatch):
-    """Shapes 0 and 3 on one rank, 1 and 2 on the other: the codes get what one rank with 0, 1, 2, 3 would give them."""
-    monkeypatch.setattr(quantizers, "MAX_POOL_ROWS", 9)
-    shapes = [torch.randn(n, 2) for n in (3, 4, 2, 5)]
-    own, other = [0, 3], [1, 2]
+def _codes_of(places: list[int] | None, rows: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """The codes that unused ones move to, with rows of shapes at these places among four, or rank after rank."""
+    quantizer = VectorQuantizer(num_codes, 2, reseed_after=1)
+    with torch.no_grad():
+        quantizer.codebook.copy_(torch.full((num_codes, 2), 100.0))
+    quantizer(rows)
+    joint = None
+    if places is not None:
+        joint = JointRows(torch.tensor(places), torch.tensor([len(SHAPES[i]) for i in places]), len(SHAPES))
+    moved = quantizer.commit(1, joint=joint).reseeded
+    assert moved[0] == False and moved.sum() == min(num_codes - 1, POOL)  # noqa: E712
+    return quantizer.codebook.detach()[moved].clone()
 
-    def rows(places):
-        return torch.cat([shapes[i] for i in places])
 
-    def order(places):
-        return torch.cat([torch.full((len(shapes[i]),), i) for i in places])
+def _reseeding_rank(rank: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    quantizers.MAX_POOL_ROWS = POOL
+    mine, after = ([0, 3], [1, 2])[rank], ([0, 1], [2, 3])[rank]
+    books = [
+        _codes_of(places, torch.cat([SHAPES[i] for i in shapes]), num_codes)
+        for num_codes in (6, 20)
+        for places, shapes in ((mine, mine), (None, after))
+    ]
+    torch.save(books, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
-    books = []
-    for mine, others in (([0, 1, 2, 3], None), (own, other)):
-        def joint(value, others=others):
-            if others is None:
-                return value
-            return torch.cat([value, rows(others) if value.is_floating_point() else order(others)[:, None]])
 
-        monkeypatch.setattr(quantizers, "gather_rows", joint)
-        quantizer = VectorQuantizer(6, 2, reseed_after=1)
-        with torch.no_grad():
-            quantizer.codebook.copy_(torch.full((6, 2), 100.0))
-        quantizer(rows(mine))
-        assert quantizer.commit(1, order=order(mine)).reseeded.sum() == 5
-        books.append(quantizer.codebook.detach()[1:].clone())
-    assert torch.equal(*books)
+def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
+    """Shapes 0 and 3 on one rank, 1 and 2 on the other, or 0, 1 and 2, 3 rank after rank: what one rank would draw.
+
+    More rows than are drawn from, and fewer and more codes than these.
+    """
+    monkeypatch.setattr(quantizers, "MAX_POOL_ROWS", POOL)
+    mp.spawn(_reseeding_rank, (str(tmp_path),), nprocs=2)
+    books = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for i, num_codes in enumerate((6, 20)):
+        alone = _codes_of([0, 1, 2, 3], torch.cat(SHAPES), num_codes)
+        assert torch.equal(alone, _codes_of(None, torch.cat(SHAPES), num_codes))
+        for of_rank in books:
+            assert torch.equal(of_rank[2 * i], alone) and torch.equal(of_rank[2 * i + 1], alone)
+        pool = torch.cat(SHAPES)[:POOL]
+        assert ((alone[:, None] == pool).all(2).sum(1) == 1).all() and len(alone.unique(dim=0)) == len(alone)
 
 
 @pytest.mark.parametrize("use_ema_update", [False, True])

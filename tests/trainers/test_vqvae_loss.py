@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from training_cases import RESOLUTION
 
-from trellis.trainers.vae.sparse_sdf_vqvae import reconstruction_rows
+from trellis.datasets.sparse_sdf import SparseSDF
+from trellis.trainers.vae.sparse_sdf_vqvae import collate_with_weights, reconstruction_rows, row_weights
 
 
 def make_batch(sizes: list[int], seed: int = 0) -> tuple[dict, torch.Tensor]:
@@ -15,18 +17,17 @@ def make_batch(sizes: list[int], seed: int = 0) -> tuple[dict, torch.Tensor]:
     sdf = (torch.rand(m, 512, generator=generator) * 3 - 1.5).clamp(-1, 1).half()
     counted = torch.rand(m, generator=generator) < 0.7
     counted[0] = counted[-1] = True
-    shapes = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     batch = {
-        "block_coords": torch.stack([shapes, *torch.arange(3 * m).view(3, m)], 1).int(), "block_sdf": sdf,
-        "active": sdf.abs() < 1, "loss_blocks": counted, "blocks_per_sample": torch.tensor(sizes),
+        "block_sdf": sdf, "active": sdf.abs() < 1, "loss_blocks": counted, "blocks_per_sample": torch.tensor(sizes),
     }
     return batch, torch.tanh(torch.randn(m, 512, generator=generator))
 
 
 def of_shapes(predicted: torch.Tensor, batch: dict, **settings) -> list[torch.Tensor]:
     """Loss and errors of each shape: the rows of each, added up."""
-    rows = reconstruction_rows(predicted, batch, **settings)
     sizes = batch["blocks_per_sample"].tolist()
+    weights = row_weights(batch["active"], batch["loss_blocks"], np.array(sizes), settings["lambda_extra"])
+    rows = reconstruction_rows(predicted, batch | {"row_weights": weights}, **settings)
     return [torch.stack([part.sum() for part in column.split(sizes)]) for column in rows]
 
 
@@ -68,8 +69,6 @@ def test_a_shape_weighs_the_same_whatever_its_size():
     for i, rows in enumerate((slice(0, 5), slice(5, 6))):
         alone = {key: value[rows] for key, value in batch.items() if key != "blocks_per_sample"}
         alone["blocks_per_sample"] = torch.tensor([rows.stop - rows.start])
-        alone["block_coords"] = alone["block_coords"].clone()
-        alone["block_coords"][:, 0] = 0
         one = of_shapes(predicted[rows], alone, loss_type="mse", lambda_extra=0.1)[0]
         assert torch.equal(one[0], joint[i])
 
@@ -80,3 +79,31 @@ def test_a_shape_without_voxels_outside_the_band():
     batch["block_sdf"] *= 0.5
     loss, band, extra = of_shapes(predicted, batch, loss_type="mse", lambda_extra=0.1)
     assert torch.equal(loss, band) and float(extra) == 0
+
+
+def test_means_over_blocks_and_a_shape_that_has_no_block_in_the_loss():
+    batch, predicted = make_batch([2, 3, 4])
+    batch["loss_blocks"][2:5] = False
+    sizes = np.array([2, 3, 4])
+    weights = row_weights(batch["active"], batch["loss_blocks"], sizes, 0.1)
+    torch.testing.assert_close(weights[:, 3], torch.tensor([1 / 2] * 2 + [1 / 3] * 3 + [1 / 4] * 4))
+    assert (weights[2:5, :3] == 0).all() and weights.isfinite().all()
+    loss, band, extra = of_shapes(predicted, batch, loss_type="l1", lambda_extra=0.0)
+    assert loss[1] == band[1] == extra[1] == 0 and (loss[[0, 2]] > 0).all()
+
+
+def test_weights_come_with_the_batch(prepared):
+    dataset = SparseSDF(prepared, resolution=RESOLUTION, max_points=3000)
+    samples = [dataset[0, i] for i in range(3)]
+    batch = collate_with_weights(samples, lambda_extra=0.2)
+    assert batch["cropped"].any() and not batch["loss_blocks"].all()
+    start = 0
+    for sample in samples:
+        loss = sample["loss_blocks"]
+        inside = int(sample["active"][loss].sum())
+        outside = sample["active"][loss].numel() - inside
+        rows = batch["row_weights"][start : start + len(loss)]
+        start += len(loss)
+        wanted = torch.tensor([1 / (inside + 0.2 * outside), 1 / inside, 1 / outside, 1 / len(loss)])
+        torch.testing.assert_close(rows[loss], wanted.expand(int(loss.sum()), 4), rtol=1e-6, atol=0)
+    assert start == len(batch["row_weights"])

@@ -230,10 +230,14 @@ def active_counts(block_sdf: np.ndarray) -> np.ndarray:
     rows = np.ascontiguousarray(block_sdf).reshape(-1, _VOXELS)
     for start in range(0, len(rows), _ROWS_PER_PIECE):
         piece = slice(start, start + _ROWS_PER_PIECE)
-        # Eight masks at once: a row's 64 words sum to eight byte counters of at most 64 each.
-        words = active_mask(rows[piece]).view(np.uint64).sum(axis=1)
-        counts[piece] = words.view(np.uint8).reshape(-1, 8).sum(axis=1)
+        counts[piece] = count_true(active_mask(rows[piece]))
     return counts
+
+
+def count_true(mask: np.ndarray) -> np.ndarray:
+    """True values [M] of each row of a contiguous mask [M, 512]."""
+    # Eight columns at once: a row's 64 words sum to eight byte counters of at most 64 each.
+    return mask.view(np.uint64).sum(axis=1).view(np.uint8).reshape(-1, 8).sum(axis=1)
 
 
 def _morton_rows(block_sdf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,11 +46,45 @@ class CommitReport:
     reseeded: Tensor
 
 
+@dataclass(frozen=True)
+class JointRows:
+    """Where a rank's rows of a step stand among those of all ranks: in pieces, such as the shapes of a batch.
+
+    Attributes:
+        places: int64 [p] on the host, ascending: numbers of this rank's pieces among all. rows: int64 [p] on the host,
+            how many rows each has. num_places: pieces of all ranks together.
+    """
+
+    places: Tensor
+    rows: Tensor
+    num_places: int
+
+    def numbers(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Numbers among all rows of this rank's first `count` rows, int64 [count] ascending, and how many all are.
+
+        Collective over ranks; on the device, without a wait.
+        """
+        rows = _to_device(torch.zeros(self.num_places, dtype=torch.int64).index_add_(0, self.places, self.rows), device)
+        if _world_size() > 1:
+            dist.all_reduce(rows)
+        before = rows.cumsum(0) - rows
+        place = torch.repeat_interleave(self.places, self.rows)
+        within = torch.arange(len(place)) - torch.repeat_interleave(self.rows.cumsum(0) - self.rows, self.rows)
+        place, within = (_to_device(values[:count], device) for values in (place, within))
+        return before[place] + within, rows.sum()
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without a wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
 @dataclass
 class _Pending:
     counts: Tensor
     sums: Tensor | None
     rows: list[Tensor] = field(default_factory=list)
+    num_rows: int = 0
     reduced: bool = False
 
 
@@ -260,6 +294,7 @@ class VectorQuantizer(nn.Module):
         pending.counts.scatter_add_(0, ids, torch.ones_like(ids))
         if pending.sums is not None:
             pending.sums.index_add_(0, ids, rows)
+        pending.num_rows += rows.shape[0]
         kept = sum(r.shape[0] for r in pending.rows)
         if self.reseed_after and kept < MAX_POOL_ROWS:
             pending.rows.append(rows[: MAX_POOL_ROWS - kept])
@@ -289,16 +324,15 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def commit(
-        self, step: int, *, reseed: bool = True, order: Tensor | None = None, counts_if: Tensor | None = None
+        self, step: int, *, reseed: bool = True, joint: JointRows | None = None, counts_if: Tensor | None = None
     ) -> CommitReport:
-        """Apply the statistics of one optimizer step; collective over ranks. One rank alone waits for nothing.
+        """Apply the statistics of one optimizer step; collective over ranks. Nothing waits for the device.
 
         Args:
             step: number of the optimizer step; seeds the choice of rows for unused codes.
             reseed: whether unused codes move now.
-            order: int64 [N], ascending: where this rank's rows of the step stand among those of all ranks, with equal
-                numbers only for neighbours on one rank. Unused codes then move to the rows that one rank with all of
-                them would draw. None: rank after rank.
+            joint: where this rank's rows of the step stand among those of all ranks. Unused codes then move to the rows
+                that one rank with all of them would draw. None: rank after rank.
             counts_if: bool scalar on the device, false where the step was skipped: then nothing changes, and the
                 report counts no row. None: the step counts.
 
@@ -324,24 +358,29 @@ class VectorQuantizer(nn.Module):
             counts, dead = counts * counts_if, dead & counts_if
         if not (reseed and self.reseed_after):
             return CommitReport(counts, torch.zeros_like(dead))
-        return CommitReport(counts, self._reseed(dead, pending, step, order))
+        return CommitReport(counts, self._reseed(dead, pending, step, joint))
 
-    def _reseed(self, dead: Tensor, pending: _Pending, step: int, order: Tensor | None) -> Tensor:
-        """Move codes of a mask [K] to rows of the step; returns those that had a row to move to, likewise."""
-        # Every rank keeps its first rows; the first of all of them are those that one rank would have kept.
-        own = torch.cat(pending.rows)
-        pool = gather_rows(own)
-        if order is not None:
-            places = gather_rows(order[: len(own), None].to(pool.device))[:, 0]
-            pool = pool[places.argsort(stable=True)]
-        pool = pool[:MAX_POOL_ROWS]
+    def _reseed(self, dead: Tensor, pending: _Pending, step: int, joint: JointRows | None) -> Tensor:
+        """Move codes of a mask [K] to rows of the step; returns those that had a row to move to, likewise.
+
+        The first `MAX_POOL_ROWS` of the rows of all ranks are drawn from, without putting back. Each rank keeps its
+        first rows, which are among them, and hands over those that were drawn.
+        """
+        own, device = torch.cat(pending.rows), dead.device
+        if joint is None:
+            rank = dist.get_rank() if _world_size() > 1 else 0
+            joint = JointRows(torch.tensor([rank]), torch.tensor([pending.num_rows]), _world_size())
+        number, total = joint.numbers(len(own), device)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 62))
-        chosen = torch.randperm(pool.shape[0], generator=generator)[: self.num_embeddings]
-        if pool.is_cuda:
-            chosen = chosen.pin_memory()
-        seeds = pool[chosen.to(pool.device, non_blocking=True)]
+        drawn = _to_device(torch.randperm(MAX_POOL_ROWS, generator=generator), device)
+        exist_first = (drawn >= total).int().argsort(stable=True)[: self.num_embeddings]
+        drawn = drawn[exist_first]
+        at = torch.searchsorted(number, drawn).clamp_(max=len(own) - 1)
+        seeds = torch.where((number[at] == drawn)[:, None], own[at], 0)
+        if _world_size() > 1:
+            dist.all_reduce(seeds)  # one rank's row and zeros
         place = dead.cumsum(0) - 1  # of a code among those that are to move
-        moved = dead & (place < len(seeds))
+        moved = dead & (place < total.clamp(max=MAX_POOL_ROWS)) & (place < len(seeds))
         seeds = seeds[place.clamp(0, len(seeds) - 1)]
         self.codebook.copy_(torch.where(moved[:, None], seeds, self.codebook))
         self.unused_steps.masked_fill_(moved, 0)

@@ -65,7 +65,13 @@ class Objective(Protocol):
     def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
     def statistics(self) -> Mapping[str, Tensor]: ...
     def commit(
-        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Sequence[int] | None
+        self,
+        step: int,
+        counts_if: Tensor,
+        *,
+        batches: Sequence[Batch],
+        places: Callable[[], Sequence[int]],
+        num_places: int,
     ) -> Mapping[str, Tensor]: ...
     def discard(self) -> None: ...
     def spare_bytes(self, model: nn.Module) -> int: ...
@@ -336,8 +342,8 @@ class Trainer:
         """One optimizer step, or none where the gradient is not finite; all ranks have the same norm and agree."""
         counts = self.precision.step(self.optimizer, norm, self.clipper.limit())
         self.clipper.add(norm, counts)
-        places = self.sampler.places() if self.ranks.world_size > 1 else None
-        overwritten = self.objective.commit(self.step + 1, counts, batches=micro_batches, places=places)
+        share = {"batches": micro_batches, "places": self.sampler.places, "num_places": self.sampler.global_batch}
+        overwritten = self.objective.commit(self.step + 1, counts, **share)
         for name, rows in overwritten.items():
             self._forget_moments(name, rows)
         for ema in self.ema.values():

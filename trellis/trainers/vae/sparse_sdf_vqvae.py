@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trellis.config import TrainerArgs
-from trellis.datasets.sparse_sdf import collate
+from trellis.datasets.sparse_sdf import collate, count_true
+from trellis.modules.quantizers import JointRows
 from trellis.trainers.memory import MemoryLimit, too_large
 from trellis.trainers.sampler import ResumableSampler
 from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
@@ -37,6 +39,36 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def collate_with_weights(samples: Sequence[dict[str, Any]], *, lambda_extra: float) -> Batch:
+    """`collate`, and `row_weights` of the batch; runs where samples are loaded, so that the device need not count."""
+    batch = collate(samples)
+    sizes = batch["blocks_per_sample"].numpy()
+    return batch | {"row_weights": row_weights(batch["active"], batch["loss_blocks"], sizes, lambda_extra)}
+
+
+def row_weights(active: Tensor, loss_blocks: Tensor, sizes: np.ndarray, lambda_extra: float) -> Tensor:
+    """By what a block's sums are multiplied, so that those of a shape's blocks add up to its means.
+
+    Args:
+        active: bool [M, 512]; loss_blocks: bool [M]; both on the host. sizes: blocks of each shape.
+        lambda_extra: weight of voxels outside the band.
+
+    Returns:
+        float32 [M, 4]: 1 / sum of weights, 1 / voxels inside the band and 1 / voxels outside it of the shape's
+        `loss_blocks`, which are 0 for other blocks; and 1 / blocks of the shape.
+    """
+    counted = loss_blocks.numpy()
+    inside = np.where(counted, count_true(active.numpy()), 0)
+    outside = np.where(counted, active.shape[1], 0) - inside
+    starts = np.cumsum(sizes) - sizes
+    band, extra = (np.add.reduceat(n, starts, dtype=np.float64) for n in (inside, outside))
+    total = np.maximum(band + lambda_extra * extra, np.finfo(np.float32).tiny)
+    of_shapes = np.stack([total, np.maximum(band, 1), np.maximum(extra, 1), sizes], 1)
+    weights = np.repeat(1 / of_shapes, sizes, axis=0)
+    weights[~counted, :3] = 0
+    return torch.from_numpy(weights.astype(np.float32))
+
+
 def reconstruction_rows(
     predicted: Tensor, batch: Batch, *, loss_type: str, lambda_extra: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,35 +79,23 @@ def reconstruction_rows(
 
     Args:
         predicted: [M, 512] float32.
-        batch: `block_coords` [M, 4] with the shape's number first, `block_sdf`, `active` [M, 512], `loss_blocks` [M] on
-            the same device; `blocks_per_sample` [B].
+        batch: `block_sdf`, `active` [M, 512] and `row_weights` [M, 4] on the same device.
         loss_type: f is e^2 ("mse"), |e| ("l1") or their sum ("l1_l2").
 
     Returns:
         Loss, mean squared error inside the band, and outside it (0 where a shape has no such voxel): each [M], and the
         rows of a shape add up to its value. The first has a gradient.
     """
-    dtype = predicted.dtype
-    error = predicted - batch["block_sdf"].to(dtype)
+    active = batch["active"]
+    loss_weight, inside_weight, outside_weight, _ = batch["row_weights"].unbind(1)
+    error = predicted - batch["block_sdf"].to(predicted.dtype)
     value = POINTWISE[loss_type](error)
     with torch.no_grad():
-        active, counted = batch["active"], batch["loss_blocks"][:, None]
-        inside, outside = active & counted, ~active & counted
-        voxels = torch.stack([inside.sum(1, dtype=dtype), outside.sum(1, dtype=dtype)], 1)
-        # One sum per shape rather than a scatter: the same bits on every run, on every device.
-        parts = voxels.split(batch["blocks_per_sample"].tolist())
-        band, extra = torch.stack([part.sum(0) for part in parts])[shape_of_rows(batch)].unbind(1)  # [M] each
-        total = (band + lambda_extra * extra).clamp(min=torch.finfo(dtype).tiny)
-        weight = torch.where(active, 1.0, lambda_extra).to(dtype).mul_(counted / total[:, None])
+        weight = torch.where(active, 1.0, lambda_extra).to(predicted.dtype).mul_(loss_weight[:, None])
         square = value if loss_type == "mse" else error.square()
-        rows_inside = (square * inside).sum(1) / band.clamp(min=1)
-        rows_outside = (square * outside).sum(1) / extra.clamp(min=1)
-    return (value * weight).sum(1), rows_inside, rows_outside
-
-
-def shape_of_rows(batch: Batch) -> Tensor:
-    """Number of the shape that each block is of, int64 [M]."""
-    return batch["block_coords"][:, 0].long()
+        inside = (square * active).sum(1) * inside_weight
+        outside = (square * ~active).sum(1) * outside_weight
+    return (value * weight).sum(1), inside, outside
 
 
 class SparseSDFVQVAEObjective:
@@ -83,10 +103,10 @@ class SparseSDFVQVAEObjective:
 
     terms = ("loss", "mse_band", "mse_extra", "vq", "commitment", "cropped")
     """What `losses` sums; the first is what is minimised."""
-    collate = staticmethod(collate)
 
     def __init__(self, model: nn.Module, args: TrainerArgs, *, device: torch.device, speaks: bool = True) -> None:
         self.args = args
+        self.collate = partial(collate_with_weights, lambda_extra=args.lambda_extra)
         self.quantizer: Any = model.quantizer
         self.model_config: dict[str, Any] = model.config
         self.usage = CodebookUsage(
@@ -130,8 +150,7 @@ class SparseSDFVQVAEObjective:
         loss_rows, mse_band, mse_extra = reconstruction_rows(
             out["sdf"], batch, loss_type=self.args.loss_type, lambda_extra=self.args.lambda_extra
         )
-        # the codebook's errors are means over a shape's blocks
-        share = 1 / batch["blocks_per_sample"].to(loss_rows.device, non_blocking=True)[shape_of_rows(batch)]
+        share = batch["row_weights"][:, 3]  # the codebook's errors are means over a shape's blocks
         commitment = out["commitment_rows"] * share
         rows = loss_rows + self.args.lambda_commitment * commitment
         vq = torch.zeros_like(share)
@@ -178,24 +197,29 @@ class SparseSDFVQVAEObjective:
         return {"perplexity": perplexity(counts), "codes_used": (counts > 0).sum()}
 
     def commit(
-        self, step: int, counts_if: Tensor, *, batches: Sequence[Batch], places: Sequence[int] | None
+        self,
+        step: int,
+        counts_if: Tensor,
+        *,
+        batches: Sequence[Batch],
+        places: Callable[[], Sequence[int]],
+        num_places: int,
     ) -> dict[str, Tensor]:
         """After an optimizer step: the codebook takes in the step's statistics.
 
         Args:
             counts_if: bool scalar on the device, false where the step was skipped.
-            batches: this rank's micro-batches. places: of their shapes among those of all ranks, ascending; None where
-                there is one rank.
+            batches: this rank's micro-batches. places: of their shapes among the `num_places` of all ranks, ascending.
 
         Returns:
             {parameter name: mask of its rows that were overwritten}, whose moments the optimizer must forget.
         """
         reseed = self.quantizer.reseed_after > 0 and step % self.quantizer.reseed_every == 0
-        order = None
-        if reseed and places is not None:
+        joint = None
+        if reseed:
             rows = torch.cat([batch["blocks_per_sample"] for batch in batches])
-            order = torch.repeat_interleave(torch.tensor(places), rows)
-        report = self.quantizer.commit(step, reseed=reseed, order=order, counts_if=counts_if)
+            joint = JointRows(torch.tensor(places()), rows, num_places)
+        report = self.quantizer.commit(step, reseed=reseed, joint=joint, counts_if=counts_if)
         self.usage.add(report.counts)
         return {"quantizer.codebook": report.reseeded} if reseed else {}
 
