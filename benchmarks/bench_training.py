@@ -6,8 +6,8 @@ python benchmarks/bench_training.py DATA [--config FILE] [--set KEY=VALUE ...] [
 DATA is a prepared folder. Prints, and appends to FILE: seconds to the end of the first step (building and the codebook
 included), and whether kernels were compiled for it ("cold": Triton's cache was empty; --cold gives it an empty one);
 milliseconds a step, and two floors: what the GPU is busy in it (union of kernels and copies in a profile of the steps
-after), and the arithmetic of an average step as bench_network.py counts it; wait for data, waits for the device, peak
-memory, and what the trainer estimated for its largest micro-batch. "recordings" are the CUDA graphs recorded before,
+after), and the arithmetic of an average step as bench_network.py counts it; wait for data, calls that wait for the
+device in one step (an event that figures are read through is none), peak memory, and what the trainer estimated for its largest micro-batch. "recordings" are the CUDA graphs recorded before,
 in the timed and in the profiled steps: each takes as long as some fifty steps save, and a training of some hundred
 steps has seen all sizes it will meet, so that figures of a long run want a warm-up that leaves none in the others.
 
