@@ -7,9 +7,10 @@ DATA is a prepared folder. Prints, and appends to FILE: seconds to the end of th
 included), and whether kernels were compiled for it ("cold": Triton's cache was empty; --cold gives it an empty one);
 milliseconds a step, and two floors: what the GPU is busy in it (union of kernels and copies in a profile of the steps
 after), and the arithmetic of an average step as bench_network.py counts it; wait for data, calls that wait for the
-device in one step (an event that figures are read through is none), peak memory, and what the trainer estimated for its largest micro-batch. "recordings" are the CUDA graphs recorded before,
-in the timed and in the profiled steps: each takes as long as some fifty steps save, and a training of some hundred
-steps has seen all sizes it will meet, so that figures of a long run want a warm-up that leaves none in the others.
+device in one step (an event that figures are read through is none), peak memory, and what the trainer estimated for its
+largest micro-batch. "recordings" are the CUDA graphs recorded before, in the timed and in the profiled steps: each
+takes as long as some fifty steps save, and a training of some hundred steps has seen all sizes it will meet, so figures
+of a long run want a warm-up that leaves none in the others.
 
 With --ranks it starts that many processes through torchrun, one GPU each. Then there are also the bound that the sizes
 of shapes set for scaling, and, where FILE has a row of one rank with the same settings, the throughput over that one.
