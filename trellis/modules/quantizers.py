@@ -76,7 +76,7 @@ class JointRows:
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the device, without a wait."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 @dataclass
