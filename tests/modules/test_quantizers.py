@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -189,26 +191,41 @@ SHAPES = [torch.randn(n, 2, generator=torch.Generator().manual_seed(n)) for n in
 
 def _codes_of(places: list[int] | None, rows: torch.Tensor, num_codes: int) -> torch.Tensor:
     """The codes that unused ones move to, with rows of shapes at these places among four, or rank after rank."""
-    quantizer = VectorQuantizer(num_codes, 2, reseed_after=1)
+    quantizer = VectorQuantizer(num_codes, 2, reseed_after=1).to(rows.device)
     with torch.no_grad():
         quantizer.codebook.copy_(torch.full((num_codes, 2), 100.0))
     quantizer(rows)
     joint = None
     if places is not None:
         joint = JointRows(torch.tensor(places), torch.tensor([len(SHAPES[i]) for i in places]), len(SHAPES))
-    moved = quantizer.commit(1, joint=joint).reseeded
-    assert moved[0] == False and moved.sum() == min(num_codes - 1, POOL)  # noqa: E712
-    return quantizer.codebook.detach()[moved].clone()
+    with waits_forbidden(rows.device):
+        moved = quantizer.commit(1, joint=joint).reseeded
+    assert not moved[0] and moved.sum() == min(num_codes - 1, POOL)
+    return quantizer.codebook.detach()[moved].cpu()
 
 
-def _reseeding_rank(rank: int, folder: str) -> None:
+@contextmanager
+def waits_forbidden(device: torch.device) -> Iterator[None]:
+    """Context in which a call that waits for a GPU raises."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _reseeding_rank(rank: int, folder: str, backend: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     quantizers.MAX_POOL_ROWS = POOL
     mine, after = ([0, 3], [1, 2])[rank], ([0, 1], [2, 3])[rank]
+    dist.all_reduce(torch.zeros(1, device=device))  # the first one makes the connection, and may wait
     books = [
-        _codes_of(places, torch.cat([SHAPES[i] for i in shapes]), num_codes)
+        _codes_of(places, torch.cat([SHAPES[i] for i in shapes]).to(device), num_codes)
         for num_codes in (6, 20)
         for places, shapes in ((mine, mine), (None, after))
     ]
@@ -216,13 +233,13 @@ def _reseeding_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
+def assert_ranks_draw_as_one(tmp_path, monkeypatch, backend: str) -> None:
     """Shapes 0 and 3 on one rank, 1 and 2 on the other, or 0, 1 and 2, 3 rank after rank: what one rank would draw.
 
     More rows than are drawn from, and fewer and more codes than these.
     """
     monkeypatch.setattr(quantizers, "MAX_POOL_ROWS", POOL)
-    mp.spawn(_reseeding_rank, (str(tmp_path),), nprocs=2)
+    mp.spawn(_reseeding_rank, (str(tmp_path), backend), nprocs=2)
     books = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for i, num_codes in enumerate((6, 20)):
         alone = _codes_of([0, 1, 2, 3], torch.cat(SHAPES), num_codes)
@@ -231,6 +248,18 @@ def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(tmp_pa
             assert torch.equal(of_rank[2 * i], alone) and torch.equal(of_rank[2 * i + 1], alone)
         pool = torch.cat(SHAPES)[:POOL]
         assert ((alone[:, None] == pool).all(2).sum(1) == 1).all() and len(alone.unique(dim=0)) == len(alone)
+
+
+def test_the_rows_that_codes_move_to_do_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
+    assert_ranks_draw_as_one(tmp_path, monkeypatch, "gloo")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(150)
+def test_two_gpus_draw_the_rows_of_one_without_a_wait(tmp_path, monkeypatch):
+    if torch.cuda.device_count() < 2:
+        pytest.fail(f"this test needs two GPUs, there are {torch.cuda.device_count()} (-k 'not two_gpus' skips it)")
+    assert_ranks_draw_as_one(tmp_path, monkeypatch, "nccl")
 
 
 @pytest.mark.parametrize("use_ema_update", [False, True])

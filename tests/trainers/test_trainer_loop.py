@@ -187,6 +187,34 @@ def test_a_reason_to_stop_comes_before_giving_up(tmp_path: Path, prepared: Path)
     assert trainer.run(after_step=interrupt) == 143 and find_checkpoint(tmp_path / "run").step == 12
 
 
+def test_a_signal_in_the_last_step_before_giving_up_saves(tmp_path: Path, prepared: Path):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=30, batch_size_per_gpu=1))
+    poison(trainer, set(range(3, 30)))
+
+    def interrupt(step: int) -> None:
+        if step == 11:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert trainer.run(after_step=interrupt) == 143 and find_checkpoint(tmp_path / "run").step == 12
+
+
+def test_a_signal_while_the_last_figures_are_waited_for_does_not_hide_the_error(tmp_path: Path, prepared, monkeypatch):
+    trainer = build(tmp_path, prepared, tiny_config(i_log=2, i_ddpcheck=None))
+    trainer.reads_late = True
+    closed = []
+    real = base.RunLog.close
+    monkeypatch.setattr(base.RunLog, "close", lambda log: (closed.append(1), real(log)))
+
+    def broken(step: int) -> None:
+        if step == 3:
+            monkeypatch.setattr(base.OnTheWay, "arrived", lambda figures: signal.raise_signal(signal.SIGINT) or True)
+            raise InputError("shape x: broken")
+
+    with pytest.raises(InputError, match="shape x"):
+        trainer.run(after_step=broken)
+    assert closed and [r["step"] for r in read_log(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_a_signal_is_heard_one_step_late_and_everything_is_saved(tmp_path: Path, prepared: Path):
     trainer = build(tmp_path, prepared, tiny_config(max_steps=30, i_log=None, i_ddpcheck=None))
     trainer.reads_late = True
@@ -209,6 +237,18 @@ def test_float32_names_the_shapes_and_gives_up(tmp_path: Path, prepared: Path, c
     with pytest.raises(FloatingPointError, match="in 10 steps in a row"):
         trainer.run()
     assert "the gradient is not finite, no update; shapes ['shape" in caplog.text
+    assert [r["step"] for r in read_log(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_giving_up_late_leaves_no_hole_in_the_log(tmp_path: Path, prepared: Path):
+    trainer = build(tmp_path, prepared, tiny_config(max_steps=30, batch_size_per_gpu=1, i_log=None, i_ddpcheck=None))
+    trainer.reads_late = True
+    poison(trainer, set(range(3, 100)))
+    with pytest.raises(FloatingPointError, match="step 12: no finite gradient in 10 steps in a row"):
+        trainer.run()
+    records = read_log(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(1, 14))
+    assert all({"step_s", "data_s", "lr", "grad_norm"} <= set(r) for r in records)
 
 
 def test_reseeded_codes_lose_their_moments_and_averages_hold_the_codebook(tmp_path: Path, prepared: Path):

@@ -326,7 +326,9 @@ class VectorQuantizer(nn.Module):
     def commit(
         self, step: int, *, reseed: bool = True, joint: JointRows | None = None, counts_if: Tensor | None = None
     ) -> CommitReport:
-        """Apply the statistics of one optimizer step; collective over ranks. Nothing waits for the device.
+        """Apply the statistics of one optimizer step; collective over ranks, each of which has had at least one row.
+
+        Nothing waits for the device.
 
         Args:
             step: number of the optimizer step; seeds the choice of rows for unused codes.

@@ -190,54 +190,75 @@ class Trainer:
             self.output_dir, step=self.step, total_steps=self.total_steps, samples_per_step=self.sampler.global_batch,
             boards=self.args.i_log is not None, enabled=self.ranks.is_first,
         )
-        exit_code = None
         launched: deque[LaunchedStep] = deque()
         try:
             with StopSignals() as stop:
-                if self.step == 0:
-                    with wrong_input("data"):
-                        self.objective.prepare(self.model, self.dataset, self.sampler)
-                    self.ema = {rate: self._new_ema(rate) for rate in self.ema}
-                self.model.train()
-                limit = self.memory_limit()
-                with wrong_input("data"):
-                    self.objective.check_sizes(self.dataset, limit)
-                loaded = endless_batches(
-                    self.dataset, self.sampler, self.objective, self.micro_batches, self._workers(), self.device, limit
-                )
-                batches = DeviceBatches(loaded, self.device)
-                log.restart_clock(self.step)
-                self._finished_at = time.perf_counter()
-                while self.step < last and exit_code is None:
-                    stop.log_failed = log.failed
-                    waited = batches.waited_s
-                    micro_batches, number = next(batches), self.step + 1
-                    try:
-                        launched.append(self._launch_step(micro_batches, stop))
-                        batches.prefetch()
-                    except torch.OutOfMemoryError as error:
-                        raise out_of_memory(number, micro_batches, self.device, str(error)) from error
-                    launched[-1].record["data_s"] = batches.waited_s - waited
-                    all_of_them = not self.reads_late or self.step == last or self._due_now()
-                    while len(launched) > (0 if all_of_them else 1):
-                        reason = self._finish_step(launched.popleft(), log, give_up=exit_code is None)
-                        exit_code = exit_code or reason
-                    if log.failed and self.ranks.world_size == 1:  # several agree on it with the next step
-                        exit_code = exit_code or EXIT_FAILED
+                try:
+                    if self.step == 0:
+                        with wrong_input("data"):
+                            self.objective.prepare(self.model, self.dataset, self.sampler)
+                        self.ema = {rate: self._new_ema(rate) for rate in self.ema}
+                    exit_code = self._loop(last, launched, log, stop, max_steps=max_steps, after_step=after_step)
                     if max_steps is None:
-                        self._every_so_many_steps(log)
-                    if after_step is not None:
-                        after_step(self.step)
-                while launched:
-                    self._finish_step(launched.popleft(), log, give_up=False)
-                if max_steps is None:
-                    self.save()
-                    if exit_code is None and self.args.i_sample and self.step % self.args.i_sample:
-                        self._write_samples(log)
+                        self.save()
+                        if exit_code is None and self.args.i_sample and self.step % self.args.i_sample:
+                            self._write_samples(log)
+                finally:
+                    self._log_what_has_come(launched, log)
         finally:
-            self._log_what_has_come(launched, log)
             log.close()
         return exit_code or (EXIT_FAILED if log.failed else 0)
+
+    def _loop(
+        self,
+        last: int,
+        launched: deque[LaunchedStep],
+        log: RunLog,
+        stop: StopSignals,
+        *,
+        max_steps: int | None,
+        after_step: Callable[[int], None] | None,
+    ) -> int | None:
+        """Steps up to number `last`, or until there is a reason to stop; returns its exit code.
+
+        Args:
+            launched: takes the steps that the device may still be at work on; empty at the end.
+        """
+        self.model.train()
+        limit = self.memory_limit()
+        with wrong_input("data"):
+            self.objective.check_sizes(self.dataset, limit)
+        loaded = endless_batches(
+            self.dataset, self.sampler, self.objective, self.micro_batches, self._workers(), self.device, limit
+        )
+        batches = DeviceBatches(loaded, self.device)
+        exit_code = None
+        log.restart_clock(self.step)
+        self._finished_at = time.perf_counter()
+        while self.step < last and exit_code is None:
+            stop.log_failed = log.failed
+            waited = batches.waited_s
+            micro_batches, number = next(batches), self.step + 1
+            try:
+                launched.append(self._launch_step(micro_batches, stop))
+                launched[-1].record["data_s"] = batches.waited_s - waited
+                batches.prefetch()
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(number, micro_batches, self.device, str(error)) from error
+            launched[-1].record["data_s"] = batches.waited_s - waited
+            all_of_them = not self.reads_late or self.step == last or self._due_now()
+            while len(launched) > (0 if all_of_them else 1):
+                reason = self._finish_step(launched, log, give_up=exit_code is None)
+                exit_code = exit_code or reason
+            if log.failed and self.ranks.world_size == 1:  # several agree on it with the next step
+                exit_code = exit_code or EXIT_FAILED
+            if max_steps is None:
+                self._every_so_many_steps(log)
+            if after_step is not None:
+                after_step(self.step)
+        while launched:
+            self._finish_step(launched, log, give_up=False)
+        return exit_code
 
     def _launch_step(self, micro_batches: list[Batch], stop: StopSignals) -> LaunchedStep:
         """Hand a step's work to the device."""
@@ -268,24 +289,32 @@ class Trainer:
         shapes = [name for batch in micro_batches for name in batch["sha256"]]
         return LaunchedStep(record, list(figures), on_the_way, epoch_figures, shapes)
 
-    def _finish_step(self, launched: LaunchedStep, log: RunLog, *, give_up: bool) -> int | None:
-        """Wait for a step and log it; returns the exit code where a rank has a reason to stop.
+    def _finish_step(self, launched: deque[LaunchedStep], log: RunLog, *, give_up: bool) -> int | None:
+        """Wait for the first of the steps and log it; returns the exit code where a rank has a reason to stop.
 
         Args:
-            give_up: raise where too many steps in a row had no finite gradient.
+            give_up: raise where too many steps in a row had no finite gradient, unless there is such a reason.
         """
-        record, flags = self._record_of(launched)
-        now = time.perf_counter()
-        record["step_s"], self._finished_at = now - self._finished_at, now
-        if math.isfinite(record["grad_norm"]):
-            self._skipped = 0
-        else:
-            self._count_skipped(record["step"], launched.shapes, give_up=give_up)
+        record, flags = self._record_of(launched[0])
+        record |= launched[0].epoch_figures()
+        self._finished_at = time.perf_counter()
+        exit_code = agreed_exit_code(flags)
+        finite = math.isfinite(record["grad_norm"])
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite and not self.precision.scales_loss:
+            shapes = launched[0].shapes
+            logger.warning("step %d: the gradient is not finite, no update; shapes %s", record["step"], shapes)
+        launched.popleft()
         self._log_step(log, record)
-        return agreed_exit_code(flags)
+        if give_up and exit_code is None and self._skipped >= MAX_SKIPPED_STEPS[self.precision.scales_loss]:
+            raise FloatingPointError(
+                f"step {record['step']}: no finite gradient in {self._skipped} steps in a row; lower the learning "
+                "rate, clip gradients, or train in float32 (fp16_mode null)"
+            )
+        return exit_code
 
     def _record_of(self, launched: LaunchedStep) -> tuple[dict[str, Any], list[float]]:
-        """The line of a step in the log, and the reasons to stop, summed over ranks."""
+        """The line of a step in the log, but for an epoch's figures, and the reasons to stop, summed over ranks."""
         terms = self.objective.terms
         values = launched.figures.read()
         sums, flags, own = values[: len(terms)], values[len(terms) :][:NUM_FLAGS], values[len(terms) + NUM_FLAGS :]
@@ -296,14 +325,15 @@ class Trainer:
         known = dict(zip(launched.names, own, strict=True))
         if not math.isfinite(grad_norm):
             known = {name: value for name, value in known.items() if name == "loss_scale"}
-        record |= {**known, **launched.epoch_figures()}
+        record |= known
+        record["step_s"] = time.perf_counter() - self._finished_at
         return record, flags
 
     def _log_what_has_come(self, launched: deque[LaunchedStep], log: RunLog) -> None:
         """When a run breaks off: the lines of its last steps, unless the device does not come to their end soon."""
         deadline = time.monotonic() + LAST_STEPS_S
         try:
-            while launched:
+            while launched and log.enabled:
                 while not launched[0].figures.arrived():
                     if time.monotonic() > deadline:
                         return
@@ -357,17 +387,6 @@ class Trainer:
         for value in self.optimizer.state.get(flat, {}).values():
             if isinstance(value, Tensor) and value.shape == flat.shape:
                 self.precision.view(name, value).masked_fill_(rows[:, None], 0)
-
-    def _count_skipped(self, step: int, shapes: list[str], *, give_up: bool) -> None:
-        self._skipped += 1
-        scaled = self.precision.scales_loss
-        if not scaled:
-            logger.warning("step %d: the gradient is not finite, no update; shapes %s", step, shapes)
-        if give_up and self._skipped >= MAX_SKIPPED_STEPS[scaled]:
-            raise FloatingPointError(
-                f"step {step}: no finite gradient in {self._skipped} steps in a row; lower the learning rate, "
-                "clip gradients, or train in float32 (fp16_mode null)"
-            )
 
     def memory_limit(self) -> MemoryLimit:
         """What a micro-batch may take: `max_memory_gb`, or what is free on the device once all else is there."""

@@ -263,7 +263,7 @@ class Precision:
 
 
 def _scale_of_before(state: dict[str, Any]) -> dict[str, float]:
-    """The loss scale of a checkpoint of version 0.1's first months, which kept amp's as `torch.amp.GradScaler` does."""
+    """The loss scale of a checkpoint of before 26 November 2026, which kept amp's as `torch.amp.GradScaler` does."""
     if state["mode"] == "inflat_all":
         return {"log_scale": state["log_scale"], "finite_steps": 0}
     scaler = state["scaler"]

@@ -125,6 +125,7 @@ class CodebookUsage:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._unjudged = None
         self.counts.copy_(state["counts"])
         self.recent.copy_(state["recent"])
         self.recent_steps, self.collapsed_steps = int(state["recent_steps"]), int(state["collapsed_steps"])
