@@ -8,10 +8,9 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +27,11 @@ from trellis.trainers.checkpoint import (
 from trellis.trainers.ema import EMA
 from trellis.trainers.grad_clip import build_grad_clipper
 from trellis.trainers.launch import EXIT_FAILED
+from trellis.trainers.launched_step import LaunchedStep
 from trellis.trainers.loader import DeviceBatches, batch_size_per_rank, endless_batches
 from trellis.trainers.logs import RunLog
 from trellis.trainers.memory import WORKSPACE_BYTES, MemoryLimit, available_bytes, out_of_memory
+from trellis.trainers.objective import Batch, Objective
 from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer, load_scheduler
 from trellis.trainers.precision import Precision, mode_on_device
 from trellis.trainers.random_state import random_state, seed_everything, set_random_state
@@ -41,65 +42,12 @@ from trellis.utils.dist_utils import Ranks, broadcast_from_first_, gather_object
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
-
 MAX_SKIPPED_STEPS = {True: 50, False: 10}
 """Steps in a row without a finite gradient before training gives up: with a loss scale, which has to find its level
 first, and without one."""
 LAST_STEPS_S = 3.0
 """How long a run that breaks off waits for the figures of steps that the device is at work on; with several ranks it
 may be waiting for one that will not come."""
-
-
-class Objective(Protocol):
-    """What a model brings to the loop; see `trellis.trainers.vae.sparse_sdf_vqvae` for what each part means."""
-
-    terms: Sequence[str]
-    collate: Callable[[Sequence[Any]], Batch]
-
-    def holds_current_value(self, name: str) -> bool: ...
-    def cost(self, mode: str | None) -> Callable[[Any], int]: ...
-    def check_sizes(self, dataset: Any, limit: MemoryLimit) -> None: ...
-    def check_batch(self, batch: Batch) -> None: ...
-    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]: ...
-    def prepare(self, model: nn.Module, dataset: Any, sampler: ResumableSampler) -> None: ...
-    def statistics(self) -> Mapping[str, Tensor]: ...
-    def commit(
-        self,
-        step: int,
-        counts_if: Tensor,
-        *,
-        batches: Sequence[Batch],
-        places: Callable[[], Sequence[int]],
-        num_places: int,
-    ) -> Mapping[str, Tensor]: ...
-    def discard(self) -> None: ...
-    def spare_bytes(self, model: nn.Module) -> int: ...
-    def release_spare(self, model: nn.Module) -> None: ...
-    def finish_epoch(self) -> Callable[[], dict[str, float]]: ...
-    def write_samples(self, model: nn.Module, dataset: Any, folder: Path) -> bytes | None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class LaunchedStep:
-    """A step that the device may still be at work on.
-
-    Attributes:
-        record: what the host knows of its line in the log.
-        names: of the objective's figures and those of the loop.
-        figures: the device's part: sums of the objective's terms, reasons to stop, the figures of those names, and the
-            gradient's norm.
-        epoch_figures: waits for those of the epoch that the step ends; nothing where it ends none.
-        shapes: of this rank, for messages.
-    """
-
-    record: dict[str, Any]
-    names: list[str]
-    figures: OnTheWay
-    epoch_figures: Callable[[], dict[str, float]]
-    shapes: list[str]
 
 
 class Trainer:
@@ -241,7 +189,7 @@ class Trainer:
             micro_batches, number = next(batches), self.step + 1
             try:
                 launched.append(self._launch_step(micro_batches, stop))
-                launched[-1].record["data_s"] = batches.waited_s - waited
+                launched[-1].record["data_s"] = batches.waited_s - waited  # should what follows break the run off
                 batches.prefetch()
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(number, micro_batches, self.device, str(error)) from error
@@ -295,7 +243,7 @@ class Trainer:
         Args:
             give_up: raise where too many steps in a row had no finite gradient, unless there is such a reason.
         """
-        record, flags = self._record_of(launched[0])
+        record, flags = self._read(launched[0])
         record |= launched[0].epoch_figures()
         self._finished_at = time.perf_counter()
         exit_code = agreed_exit_code(flags)
@@ -313,19 +261,9 @@ class Trainer:
             )
         return exit_code
 
-    def _record_of(self, launched: LaunchedStep) -> tuple[dict[str, Any], list[float]]:
+    def _read(self, launched: LaunchedStep) -> tuple[dict[str, Any], list[float]]:
         """The line of a step in the log, but for an epoch's figures, and the reasons to stop, summed over ranks."""
-        terms = self.objective.terms
-        values = launched.figures.read()
-        sums, flags, own = values[: len(terms)], values[len(terms) :][:NUM_FLAGS], values[len(terms) + NUM_FLAGS :]
-        *own, grad_norm = own
-        record = launched.record
-        record |= {name: value / self.sampler.global_batch for name, value in zip(terms, sums)}
-        record["grad_norm"] = grad_norm
-        known = dict(zip(launched.names, own, strict=True))
-        if not math.isfinite(grad_norm):
-            known = {name: value for name, value in known.items() if name == "loss_scale"}
-        record |= known
+        record, flags = launched.read(self.objective.terms, self.sampler.global_batch)
         record["step_s"] = time.perf_counter() - self._finished_at
         return record, flags
 
@@ -338,7 +276,7 @@ class Trainer:
                     if time.monotonic() > deadline:
                         return
                     time.sleep(0.01)
-                log.write(self._record_of(launched.popleft())[0])
+                log.write(self._read(launched.popleft())[0])
         except RuntimeError as error:  # of the device
             logger.debug("the figures of the last steps were lost: %s", error)
 

@@ -59,7 +59,8 @@ class AdaptiveGradClipper:
 
     def limit(self) -> Tensor:
         """The norm to clip the next gradient at: a float64 scalar, inf for any."""
-        place = self.clip_percentile / 100 * (self.buffer_size - 1)  # as numpy.percentile counts, from 0
+        # as numpy.percentile; torch.quantile starts fifteen more operations
+        place = self.clip_percentile / 100 * (self.buffer_size - 1)
         norms = self._norms.sort().values  # NaN last
         below, above = norms[math.floor(place)], norms[math.ceil(place)]
         most = math.inf if self.max_norm is None else self.max_norm

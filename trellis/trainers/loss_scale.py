@@ -11,7 +11,8 @@ class LossScale:
 
     Its log2 rises by `growth` after every `interval` finite steps in a row and falls by 1 with each step whose gradient
     is not finite (Micikevicius et al., 2018, arXiv:1710.03740, section 3.2). It lives on the device: nothing waits for
-    the answer whether a step was finite.
+    the answer whether a step was finite. `torch.amp.GradScaler` has the rule for amp alone, and its own answer, for the
+    optimizer alone; here one answer counts for optimizer, averages, clipping and codebook.
 
     Args:
         start: of log2.
