@@ -11,6 +11,7 @@ import pytest
 from training_cases import ROOT, tiny_config, write_config
 
 from trellis.trainers import base
+from trellis.trainers.loader import DeviceBatches
 
 
 @pytest.fixture
@@ -69,6 +70,30 @@ def test_a_step_starts_few_operations_around_its_passes(run, prepared: Path, mon
     assert row["fp16_mode"] == "inflat_all" and row["trained_tensors"] == 181
     assert row["operations"] <= 160 and row["operations_of_loss"] <= 60
     assert row["tensors_in_lists"] <= 2 * 181 + 60
+
+
+def test_bench_training_parts(run, config: Path, prepared: Path, tmp_path: Path, monkeypatch):
+    before = DeviceBatches.__next__, DeviceBatches.prefetch
+    out = tmp_path / "p.json"
+    common = (prepared, "--config", config, "--device", "cpu", "--warm-up", 1, "--steps", 3, "--json", out)
+    (row,) = run("bench_training_parts", *common)
+    assert (DeviceBatches.__next__, DeviceBatches.prefetch) == before and json.loads(out.read_text()) == row
+    host = row["host_ms"]
+    assert host["trainer._launch_step"] >= host["trainer._passes"] >= host["objective.losses"] > 0
+    assert host["trainer._launch_step"] < row["mean_step_ms"] and host["precision.backward"] > 0
+    # a trace: work from 0 to 100 and from 180 to 200 us, launched in the inner of two parts
+    trace = [
+        {"cat": "kernel", "ts": 0, "dur": 100, "args": {"correlation": 1}},
+        {"cat": "kernel", "ts": 50, "dur": 20, "args": {"correlation": 2}},
+        {"cat": "kernel", "ts": 180, "dur": 20, "args": {"correlation": 3}},
+        {"cat": "gpu_memcpy", "ts": 210, "dur": 1, "args": {"correlation": 4}},
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 170, "dur": 5, "args": {"correlation": 3}},
+        {"cat": "user_annotation", "name": "part: outer", "ts": 0, "dur": 300},
+        {"cat": "user_annotation", "name": "part: inner", "ts": 160, "dur": 30},
+    ]
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": trace}))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert importlib.import_module("bench_training_parts").idle_ms(tmp_path / "t.json") == {"inner": 0.08}
 
 
 def test_bench_rank_balance(run, prepared: Path):
