@@ -103,6 +103,7 @@ class Trainer:
             scale_growth=args.fp16_scale_growth,
             apart=objective.holds_current_value,
         )
+        model.use_flat_weights(self.precision.flat_weights)
         self.optimizer = build_optimizer(args.optimizer, self.precision.flat, ["apart"])
         self.scheduler = build_scheduler(args.lr_scheduler, self.optimizer)
         self.clipper = build_grad_clipper(args.grad_clip)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trellis.models.autoencoders.flat_weights import FlatWeights
 from trellis.trainers.loss_scale import LossScale
 from trellis.trainers.optim import skips_on_device
 
@@ -49,6 +50,7 @@ class Precision:
             optimizer updates these: all that are offered work number by number, and a few large tensors take the host
             far less time than hundreds. Zeros fill the gaps between parameters.
         gradient: flat float32 gradient over all of them, in that order.
+        flat_weights: of the model as it computes, in its dtypes.
     """
 
     def __init__(
@@ -114,6 +116,14 @@ class Precision:
             for name, p in self._of_model.items()
             for group in [self.group_of(name)]
         }
+        leaves, layout = {}, {}
+        for name, parameter in self._of_model.items():
+            group, start = self._place[name]
+            tensor = self.flat[group] if parameter.dtype == torch.float32 else self._half[group]
+            leaves.setdefault((group, parameter.dtype), tensor.detach().requires_grad_())
+            layout.setdefault((group, parameter.dtype), []).append((name, start, self._shapes[name]))
+        self.flat_weights = FlatWeights(list(leaves.values()), list(layout.values()))
+        self._of_leaves = [(leaf, self.flat[group].grad) for (group, _), leaf in leaves.items()]
         self.copy_to_model()
         self._averaged = [name for name in self.parameters if self.group_of(name) == "weights"]
         # The model's tensors stay where they are, so that this is read from the modules once and not every step.
@@ -145,37 +155,40 @@ class Precision:
 
     @torch.no_grad()
     def collect(self, *, first: bool) -> None:
-        """Move the model's gradients after a micro-batch into the flat float32 one, which is still scaled.
+        """Move the gradients of a micro-batch, the model's or those of `flat_weights`, into the flat float32 one.
 
-        Micro-batches add up in float32, and the next backward pass hands its gradients over, rather than add them one
-        by one to those of this one.
+        It is still scaled. Micro-batches add up in float32, and the next backward pass hands its gradients over, rather
+        than add them one by one to those of this one.
 
         Args:
             first: whether it is the first of a step, which replaces what the flat gradient holds.
         """
-        into: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether they arrive in float32
-        handed: dict[bool, list[Tensor]] = {True: [], False: []}
-        for name, parameter in self._of_model.items():
-            gradient, parameter.grad = parameter.grad, None
-            place = self._handed_to[name]
-            full = place.dtype == torch.float32
-            if gradient is not None:
-                into[full].append(place)
-                handed[full].append(gradient)
-            elif first or not full:
-                place.zero_()
-        if into[False]:
-            torch._foreach_copy_(into[False], handed[False])
-        for group, half in self._half_gradient.items():
-            gradient = self.flat[group].grad
-            gradient.copy_(half) if first else gradient.add_(half)
-        if into[True]:
-            (torch._foreach_copy_ if first else torch._foreach_add_)(into[True], handed[True])
+        leaves = [(leaf, gradient) for leaf, gradient in self._of_leaves if leaf.grad is not None]
+        replaced = first and sum(len(leaf) for leaf, _ in leaves) == len(self.gradient)
+        if first and not replaced:
+            self.gradient.zero_()
+        for leaf, gradient in leaves:
+            (gradient.copy_ if replaced else gradient.add_)(leaf.grad)
+            leaf.grad = None
+        handed = {name: p.grad for name, p in self._of_model.items() if p.grad is not None}
+        full = [name for name, gradient in handed.items() if gradient.dtype == torch.float32]
+        half = [name for name in handed if name not in set(full)]
+        if full:
+            torch._foreach_add_([self._handed_to[name] for name in full], [handed[name] for name in full])
+        if half:
+            if len(half) < len(self._of_model) - len(full):
+                for buffer in self._half_gradient.values():
+                    buffer.zero_()
+            torch._foreach_copy_([self._handed_to[name] for name in half], [handed[name] for name in half])
+            for group, buffer in self._half_gradient.items():
+                self.flat[group].grad.add_(buffer)
+        for name in handed:
+            self._of_model[name].grad = None
 
     def drop(self) -> None:
         """Forget what backward passes left in the model since the last `collect`."""
-        for parameter in self._of_model.values():
-            parameter.grad = None
+        for leaf in (*self._of_model.values(), *self.flat_weights.leaves):
+            leaf.grad = None
 
     @torch.no_grad()
     def unscale(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from trellis.models.autoencoders.decoder import SparseSDFDecoder
 from trellis.models.autoencoders.encoder import SparseSDFEncoder
+from trellis.models.autoencoders.flat_weights import FlatWeights
 from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows
 from trellis.models.autoencoders.pass_sizes import Sizes
 from trellis.modules.quantizers import VectorQuantizer, nearest_code
@@ -116,6 +118,7 @@ class SparseSDFVQVAE(nn.Module):
         self.fused, self.backend = fused, backend
         self.cuda_graphs = cuda_graphs
         self._graphs = PassGraphs()
+        self._flat: FlatWeights | None = None
         self.use_fp16 = use_fp16
         self._compute_dtype: torch.dtype | None = None
         self.encoder = SparseSDFEncoder(**common, **parts["encoder"])
@@ -319,13 +322,31 @@ class SparseSDFVQVAE(nn.Module):
     def _switches(self) -> tuple[Any, ...]:
         return self.compute_dtype, self.backend, torch.backends.cuda.matmul.allow_tf32
 
+    def use_flat_weights(self, flat: FlatWeights) -> None:
+        """Let recorded passes read weights, and hand their gradients over, by the flat tensors in which they lie.
+
+        Ends by itself when the model's parameters lie elsewhere.
+        """
+        self._flat = flat
+        self._apart = [name for name, _ in self.named_parameters() if name not in flat.names]
+
     def _weights(self) -> list[Tensor]:
-        return [*self.parameters(), *self.quantizer.buffers()]
+        if self._flat is not None and not self._flat.hold(self):
+            self._flat = None
+        buffers = self.quantizer.buffers()
+        if self._flat is None:
+            return [*self.parameters(), *buffers]
+        return [*self._flat.leaves, *(self.get_parameter(name) for name in self._apart), *buffers]
 
     def _with_weights(self, weights: Sequence[Tensor], work: Callable[[], Any]) -> Any:
         """What `work` returns with other tensors in the place of `_weights`; buffers stay."""
-        names = [f"model.{name}" for name, _ in self.named_parameters()]
-        return torch.func.functional_call(_Caller(self), dict(zip(names, weights)), (work,))
+        if self._flat is None:
+            tensors = dict(zip((name for name, _ in self.named_parameters()), weights))
+        else:
+            count = len(self._flat.leaves)
+            tensors = self._flat.by_name(weights[:count]) | dict(zip(self._apart, weights[count:]))
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        return torch.func.functional_call(_Caller(self), named, (work,))
 
     def _through_graph(
         self,
@@ -335,8 +356,9 @@ class SparseSDFVQVAE(nn.Module):
         *,
         factor: float | None = None,
         train: bool = False,
+        head: Head | None = None,
     ) -> Rows | None:
-        """What `work` makes of the batch's pyramid, where the batch says its sizes and a graph takes them."""
+        """What `work`, and then `head`, make of the batch, where it says its sizes and a graph takes them."""
         if any(key not in batch for key in ("block_coords", "level_sizes", "blocks_per_sample", "resolution")):
             return None
         samples, extent = len(batch["blocks_per_sample"]), -(-batch["resolution"] // LATENT_STRIDE)
@@ -346,12 +368,15 @@ class SparseSDFVQVAE(nn.Module):
             coords, values, active = inputs["coords"], inputs["values"], inputs["active"]
             sizes = (size.level_sizes, samples + 1, extent, size.windows)
             pyramid = build_pyramid(coords, values, active, *sizes, padded=True)
-            return self._with_weights(weights, lambda: work(pyramid, factor))
+            out = self._with_weights(weights, lambda: work(pyramid, factor))
+            of_batch = {key: inputs[name] for name, key in names.items()}
+            return out if head is None else head.after(out, of_batch)
 
         names = {"coords": "block_coords", "values": "block_sdf", "active": "active"}
+        names |= {} if head is None else {key: key for key in head.inputs}
         inputs = {name: batch[key].to(self.device, non_blocking=True) for name, key in names.items()}
         inputs["coords"] = inputs["coords"].int()
-        key = (kind, factor, inputs["values"].dtype, *self._switches())
+        key = (kind, factor, head, inputs["values"].dtype, *self._switches())
         size = Sizes(blocks, rows2, rows4, batch.get("window_sizes") or {})
         return self._graphs.run(
             key, size, inputs, run, self._weights(), samples=samples, extent=extent, train=train
@@ -360,8 +385,12 @@ class SparseSDFVQVAE(nn.Module):
     # -- training ---------------------------------------------------------------------------------------------------
 
     @on_own_device
-    def forward(self, batch: Batch) -> dict[str, Tensor | None]:
+    def forward(self, batch: Batch, head: Head | None = None) -> dict[str, Tensor | None]:
         """Encode, quantize, decode.
+
+        Args:
+            head: what to make of the result, within the recorded pass; it then takes the place of `sdf` and what comes
+                with it, but for `ids` and `latent`, which then has no gradient.
 
         Returns:
             `sdf` float32 [M, 512] in Morton order; `ids` int64 [M]; `codebook_rows` float32 [M] or None (codebook by
@@ -370,18 +399,25 @@ class SparseSDFVQVAE(nn.Module):
         out = None
         try:
             if self.training and self._may_graph() and torch.is_grad_enabled():
-                out = self._through_graph("train", batch, self._train_pyramid, train=True)
+                out = self._through_graph("train", batch, self._train_pyramid, train=True, head=head)
             if out is None:
-                out = self._train_pyramid(self.build_pyramid(batch))
+                out = self._train_batch(batch, head)
         except torch.OutOfMemoryError:
             if not self._graphs.reserved_bytes:
                 raise
             self._graphs.refuse("a batch needed their memory")
         if out is None:  # outside the handler, which would keep what the failed pass held
-            out = self._train_pyramid(self.build_pyramid(batch))
+            out = self._train_batch(batch, head)
         if self.training:
             self.quantizer.collect(out["latent"].detach().float(), out["ids"])
-        return {"codebook_rows": None, **out}
+        return out if head is not None else {"codebook_rows": None, **out}
+
+    def _train_batch(self, batch: Batch, head: Head | None) -> Rows:
+        out = self._train_pyramid(self.build_pyramid(batch))
+        if head is None:
+            return out
+        keys = ("block_coords", "block_sdf", "active", *head.inputs)
+        return head.after(out, {key: batch[key].to(self.device, non_blocking=True) for key in keys})
 
     def _train_pyramid(self, pyramid: Pyramid, factor: float | None = None) -> Rows:
         latent, _ = self._encode(pyramid, factor)
@@ -443,6 +479,25 @@ def _heads(config: Mapping[str, Any], part: str, channels: int) -> tuple[str, in
         if width is not None:
             return f"num_head_channels{suffix}", max(1, channels // width)
     raise ValueError("num_head_channels must be a number where num_heads is null, got null")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What becomes of a training pass's outputs, before anything leaves it.
+
+    Attributes:
+        function: of the outputs, as `SparseSDFVQVAE.forward` returns them, and of the batch's `block_coords`,
+            `block_sdf`, `active` and `inputs`, to tensors [M, ...] by name. Those of them that have a gradient must not
+            mix blocks, nor may it read weights.
+        inputs: further keys of the batch, tensors [M, ...].
+    """
+
+    function: Callable[[Rows, Rows], Rows]
+    inputs: tuple[str, ...] = ()
+
+    def after(self, out: Rows, batch: Rows) -> Rows:
+        """`function`'s result, with the codes and the latents that the codebook's statistics need."""
+        return {"ids": out["ids"], "latent": out["latent"].detach(), **self.function(out, batch)}
 
 
 class _Caller(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trellis.config import TrainerArgs
 from trellis.datasets.sparse_sdf import collate, count_true
+from trellis.models.autoencoders.ss_vqvae import Head
 from trellis.modules.quantizers import JointRows
 from trellis.trainers.memory import MemoryLimit, too_large
 from trellis.trainers.sampler import ResumableSampler
@@ -107,6 +108,7 @@ class SparseSDFVQVAEObjective:
     def __init__(self, model: nn.Module, args: TrainerArgs, *, device: torch.device, speaks: bool = True) -> None:
         self.args = args
         self.collate = partial(collate_with_weights, lambda_extra=args.lambda_extra)
+        self.head = Head(self._loss_rows, ("row_weights",))
         self.quantizer: Any = model.quantizer
         self.model_config: dict[str, Any] = model.config
         self.usage = CodebookUsage(
@@ -146,21 +148,24 @@ class SparseSDFVQVAEObjective:
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sums over the shapes of a batch: the loss, with its gradient, and `terms` [6] float32, without."""
-        out = model(batch)
-        loss_rows, mse_band, mse_extra = reconstruction_rows(
+        out = model(batch, self.head)
+        loss = out["loss_rows"].sum()
+        logged, cropped = out["logged_rows"].sum(0), batch["cropped"].sum(0, keepdim=True, dtype=loss.dtype)
+        return loss, torch.cat([loss.detach()[None], logged, cropped])
+
+    def _loss_rows(self, out: Batch, batch: Batch) -> Batch:
+        """What each block adds to the loss, [M], and to the logged terms after it, [M, 4], of the model's outputs."""
+        loss_rows, *errors = reconstruction_rows(
             out["sdf"], batch, loss_type=self.args.loss_type, lambda_extra=self.args.lambda_extra
         )
         share = batch["row_weights"][:, 3]  # the codebook's errors are means over a shape's blocks
         commitment = out["commitment_rows"] * share
         rows = loss_rows + self.args.lambda_commitment * commitment
         vq = torch.zeros_like(share)
-        if out["codebook_rows"] is not None:
+        if "codebook_rows" in out:
             vq = out["codebook_rows"] * share
             rows = rows + self.args.lambda_vq * vq
-        loss = rows.sum()
-        with torch.no_grad():
-            logged = torch.stack([mse_band, mse_extra, vq, commitment]).sum(1)
-            return loss, torch.cat([loss[None], logged, batch["cropped"].sum(0, keepdim=True, dtype=loss.dtype)])
+        return {"loss_rows": rows, "logged_rows": torch.stack([*errors, vq, commitment], 1).detach()}
 
     def prepare(self, model: Any, dataset: Any, sampler: ResumableSampler) -> None:
         """Before the first step: a fresh codebook starts from k-means over the first shapes of the stream.
