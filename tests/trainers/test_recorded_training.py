@@ -104,3 +104,28 @@ def test_a_layout_with_gaps():
     assert views["a"].tolist() == [[1, 2], [3, 4]] and views["b"] == 5 and views["c"].tolist() == [8, 9, 10]
     (grad,) = torch.autograd.grad(views["a"].sum() + 2 * views["c"].sum(), leaf)
     assert grad.tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 2, 2, 2, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["inflat_all", "amp", "bf16"])
+def test_training_through_graphs_on_the_card_is_training(tmp_path: Path, prepared, monkeypatch, cuda_device, mode):
+    monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 2, False: 2})
+    config = tiny_config(max_steps=12, fp16_mode=mode, batch_size_per_gpu=3, batch_split=2, i_ddpcheck=None)
+    config["models"]["vqvae"]["args"]["model_channels"] = 128
+    config["trainer"]["args"]["optimizer"]["args"]["lr"] = 1e-4
+    logs = {}
+    for recorded in (False, True):
+        config["models"]["vqvae"]["args"]["cuda_graphs"] = recorded
+        path = write_config(tmp_path / "c.json", config)
+        run = tmp_path / str(recorded)
+        options = RunOptions(config=str(path), output_dir=str(run), data_dir=str(prepared), device="cuda")
+        trainer = build_trainer(options, Ranks(), torch.device(cuda_device, 0))
+        if trainer.precision.scale is not None:
+            trainer.precision.scale.log2.fill_(8.0)
+        assert trainer.run() == 0
+        logs[recorded] = read_log(run)
+        assert (trainer.model._graphs.hits >= 10) is recorded
+        assert trainer.model._flat is trainer.precision.flat_weights
+    for a, b in zip(logs[False], logs[True], strict=True):
+        for key in ("loss", "mse_band", "mse_extra", "vq", "commitment", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=0.05), (a["step"], key)
