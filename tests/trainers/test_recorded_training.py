@@ -10,10 +10,11 @@ import pytest
 import torch
 from training_cases import ROOT, read_log, tiny_config, write_config
 
+from trellis.datasets.sparse_sdf import window_sizes
 from trellis.models.autoencoders import pass_graphs
 from trellis.models.autoencoders.flat_weights import FlatWeights
 from trellis.models.autoencoders.pass_graphs import PassGraphs
-from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
+from trellis.models.autoencoders.ss_vqvae import Head, SparseSDFVQVAE
 from trellis.trainers import base
 from trellis.trainers.build import RunOptions, build_trainer
 from trellis.trainers.precision import Precision
@@ -54,6 +55,12 @@ def test_training_through_recorded_passes_is_training(tmp_path: Path, prepared, 
             assert b[key] == pytest.approx(a[key], rel=1e-4 if exact else 0.05), (a["step"], key)
 
 
+def rows_of(out: dict, batch: dict) -> dict:
+    """A loss by blocks."""
+    error = (out["sdf"] - batch["block_sdf"].float()).square().mean(1)
+    return {"rows": error + out["commitment_rows"] + out["codebook_rows"]}
+
+
 def flat_model() -> tuple[SparseSDFVQVAE, Precision]:
     model = model_of(backend="cpu")
     precision = Precision(model, None, apart=lambda name: name.startswith("quantizer."))
@@ -64,14 +71,15 @@ def flat_model() -> tuple[SparseSDFVQVAE, Precision]:
 def test_flat_gradients_are_those_of_the_parameters(monkeypatch):
     monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 1, False: 1})
     plain, batch = model_of(backend="cpu").train(), spheres([0.42])
-    loss_of(plain(batch)).backward()
+    rows_of(plain(batch), batch)["rows"].sum().backward()
     model, precision = flat_model()
     monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: True)
     model._graphs = PassGraphs(Repeater)
     model.train()
     precision.gradient.fill_(float("nan"))  # of a step before
+    head = Head(rows_of)
     for first in (True, False):
-        loss_of(model(batch)).backward()
+        model(batch, head)["rows"].sum().backward()
         assert all(p.grad is None for p in model.parameters())
         assert all(leaf.grad is not None for leaf in precision.flat_weights.leaves)
         precision.collect(first=first)
@@ -82,28 +90,84 @@ def test_flat_gradients_are_those_of_the_parameters(monkeypatch):
     assert float(precision.gradient.square().sum()) == pytest.approx(total, rel=1e-5)  # nothing in the gaps
 
 
-def test_flat_weights_are_views_of_the_parameters_until_the_model_moves():
+def test_flat_weights_are_views_of_the_parameters_until_the_model_changes():
     model, precision = flat_model()
     flat = precision.flat_weights
-    assert flat.hold(model) and model._flat is flat
-    views = flat.by_name(flat.leaves)
-    assert set(views) == flat.names == {name for name, _ in model.named_parameters()}
+    views = dict(zip(flat.names, flat.views(flat.leaves), strict=True))
+    assert set(views) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert views[name].data_ptr() == parameter.data_ptr() and torch.equal(views[name], parameter)
     copied = copy.deepcopy(model)
-    assert copied._flat is None and len(copied._weights()) == len(list(copied.parameters())) + 2
-    assert len(model._weights()) == 2 + 2
-    model.double()
-    assert not flat.hold(model) and len(model._weights()) > 10 and model._flat is None
+    assert copied._flat is None and len(copied._weights(flat=True)[0]) == len(list(copied.parameters())) + 2
+    assert len(model._weights(flat=True)[0]) == 2 + 2 and len(model._weights(flat=False)[0]) > 10
+    names = [name for name, _ in model.named_parameters()]
+    middle = names[len(names) // 2]
+    changes = {
+        "moved": lambda m: m.double(),
+        "converted and back": lambda m: m.encoder.blocks.double().float(),
+        "a part replaced": lambda m: m.encoder.blocks.__setitem__(0, copy.deepcopy(m.encoder.blocks[0])),
+        "assigned": lambda m: m.load_state_dict({middle: m.state_dict()[middle] + 1}, strict=False, assign=True),
+        "frozen": lambda m: m.get_parameter(middle).requires_grad_(False),
+        "wrapped": lambda m: setattr(m.decoder, "out_layer", torch.nn.Sequential(m.decoder.out_layer)),
+        "added": lambda m: m.encoder.register_parameter("more", torch.nn.Parameter(torch.zeros(1))),
+    }
+    for what, change in changes.items():
+        model, _ = flat_model()
+        assert model._structure.holds()
+        change(model)
+        assert len(model._weights(flat=True)[0]) > 10 and model._flat is None, what
+
+
+def test_a_model_with_flat_weights_trains_in_another_loop_too(monkeypatch):
+    monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 1, False: 1})
+    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: True)
+    model, precision = flat_model()
+    model._graphs = PassGraphs(Repeater)
+    model.train()
+    plain, batch = model_of(backend="cpu", cuda_graphs=False).train(), spheres([0.42])
+    for _ in range(2):
+        loss_of(model(batch)).backward()
+        loss_of(model._train_pyramid(model.build_pyramid(batch)))
+        loss_of(plain._train_pyramid(plain.build_pyramid(batch))).backward()
+    assert model._graphs.hits and all(leaf.grad is None for leaf in precision.flat_weights.leaves)
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_is_not_finite_spoils_no_other(monkeypatch):
+    """What it left in the rows that fill a smaller batch up is not read."""
+    monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 1, False: 1})
+    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: True)
+    model, precision = flat_model()
+    model._graphs = PassGraphs(Repeater)
+    model.train()
+    head = Head(rows_of)
+    large = spheres([0.42], 64)
+    small = {key: large[key][:-9] for key in ("block_coords", "block_sdf", "active")}
+    levels = [small["active"].view(len(small["active"]), -1, n).any(2) for n in (1, 8, 64, 512)]
+    small |= {
+        "blocks_per_sample": large["blocks_per_sample"] - 9, "resolution": 64,
+        "level_sizes": [int(level.sum()) for level in levels],
+        "window_sizes": window_sizes(small["block_coords"][:, 1:].numpy()),
+    }
+    model(large, head)["rows"].sum().backward()
+    precision.drop()
+    bad = {**large, "block_sdf": large["block_sdf"].clone()}
+    bad["block_sdf"][-1] = float("nan")
+    model(bad, head)["rows"].sum().backward()
+    precision.collect(first=True)
+    assert not precision.gradient.isfinite().all()
+    hits = model._graphs.hits
+    model(small, head)["rows"].sum().backward()
+    precision.collect(first=True)
+    assert model._graphs.hits > hits and precision.gradient.isfinite().all()
 
 
 def test_a_layout_with_gaps():
     leaf = torch.arange(12.0).requires_grad_()
     flat = FlatWeights([leaf], [[("a", 1, torch.Size([2, 2])), ("b", 5, torch.Size([])), ("c", 8, torch.Size([3]))]])
-    views = flat.by_name([leaf])
-    assert views["a"].tolist() == [[1, 2], [3, 4]] and views["b"] == 5 and views["c"].tolist() == [8, 9, 10]
-    (grad,) = torch.autograd.grad(views["a"].sum() + 2 * views["c"].sum(), leaf)
-    assert grad.tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 2, 2, 2, 0]
+    a, b, c = flat.views([leaf])
+    assert flat.names == ["a", "b", "c"] and a.tolist() == [[1, 2], [3, 4]] and b == 5 and c.tolist() == [8, 9, 10]
 
 
 @pytest.mark.gpu

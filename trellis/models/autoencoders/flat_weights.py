@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,54 +12,61 @@ Place = tuple[str, int, torch.Size]
 """Name of a parameter, its first element in the flat tensor, and its shape."""
 
 
-@dataclass(frozen=True)
 class FlatWeights:
     """Parameters of a model that lie in flat tensors.
 
-    A recorded pass hands the gradient of each flat tensor over as one, to the tensor's own `grad`: that of the
-    parameters stays as it is.
+    A recorded pass that is given these hands the gradient of each flat tensor over as one, to the tensor's own `grad`:
+    that of the parameters stays as it is.
 
-    Attributes:
+    Args:
         leaves: flat leaf tensors, which share their memory with the parameters.
         layout: of each, the parameters by ascending first element; there may be gaps.
+
+    Attributes:
+        names: of the parameters, in that order.
     """
 
-    leaves: Sequence[Tensor]
-    layout: Sequence[Sequence[Place]]
-
-    @property
-    def names(self) -> set[str]:
-        return {name for places in self.layout for name, _, _ in places}
-
-    def hold(self, model: nn.Module) -> bool:
-        """Whether the model's parameters still lie there, which ends when it is moved or converted."""
+    def __init__(self, leaves: Sequence[Tensor], layout: Sequence[Sequence[Place]]) -> None:
+        self.leaves, self.layout = list(leaves), [list(places) for places in layout]
+        self.names = [name for places in self.layout for name, _, _ in places]
+        self._sizes: list[list[int]] = []
         for leaf, places in zip(self.leaves, self.layout):
-            for name, start, _ in (places[0], places[-1]):
-                parameter = model.get_parameter(name)
-                here = leaf.data_ptr() + start * leaf.element_size()
-                if parameter.dtype != leaf.dtype or parameter.data_ptr() != here:
-                    return False
-        return True
-
-    def by_name(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Views, in the parameters' shapes, of tensors laid out as `leaves`.
-
-        They come of one split, whose backward pass puts their gradients side by side at once.
-        """
-        out = {}
-        for leaf, places in zip(leaves, self.layout):
-            sizes, names, end = [], [], 0
-            for name, start, shape in places:
+            sizes, end = [], 0
+            for _, start, shape in places:
                 sizes += [start - end, shape.numel()]
-                names += ["", name]
                 end = start + shape.numel()
-            parts = leaf.split_with_sizes([*sizes, len(leaf) - end])
-            shapes = {name: shape for name, _, shape in places}
-            out |= {name: part.view(shapes[name]) for name, part in zip(names, parts) if name}
+            self._sizes.append([*sizes, len(leaf) - end])
+
+    def views(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Of tensors laid out as `leaves`: views in the order of `names` and in the parameters' shapes."""
+        out = []
+        for leaf, places, sizes in zip(leaves, self.layout, self._sizes):
+            parts = leaf.split_with_sizes(sizes)[1::2]  # gaps stand at even places
+            out += [part.view(shape) for part, (_, _, shape) in zip(parts, places)]
         return out
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the model has its own parameters, which do not lie here."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+class Structure:
+    """What a model consisted of at one time, to see quickly whether it still does.
+
+    Modules and parameters are compared by identity, parameters by their address and whether they are trained too:
+    whoever moves, converts, freezes or replaces one ends it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        links: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._dicts: list[tuple[Mapping[str, Any], int]] = []
+        for module in model.modules():
+            for held in (module._modules, module._parameters):
+                links += [(held, key, value) for key, value in held.items()]
+                self._dicts.append((held, len(held)))
+        self._links = links
+        self._lie = [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        return (
+            all(held.get(key) is value for held, key, value in self._links)
+            and all(len(held) == count for held, count in self._dicts)
+            and all(p.data_ptr() == here and p.requires_grad is trained for p, here, trained in self._lie)
+        )

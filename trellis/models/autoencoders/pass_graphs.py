@@ -39,6 +39,8 @@ Recording takes as long as some fifty steps save: a training makes thousands, bu
 Rows = dict[str, Tensor]
 Work = Callable[[Rows, "Sizes", Sequence[Tensor]], Rows]
 """Of inputs by name [blocks, ...] with their sizes, and weights, to outputs by name [blocks, ...]."""
+Split = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Of the weights that passes are given to those that the work reads: views of them."""
 
 
 class Buffers:
@@ -132,6 +134,7 @@ class PassGraphs:
         self._buffers = Buffers()
         self._fillings: dict[Hashable, Filling | None] = {}
         self._gradients: list[tuple[Tensor, list[Tensor], list[int]]] = []
+        self._parts: list[tuple[list[Tensor], list[int]]] = []
         self._state: Hashable = None
         self.hits = self.misses = 0
         recorder, self._recorder = self._recorder, None
@@ -166,6 +169,7 @@ class PassGraphs:
         samples: int,
         extent: int,
         train: bool,
+        split: Split = list,
     ) -> Rows | None:
         """The outputs of `function` for a batch, through a graph; None where it has none (yet): call it yourself.
 
@@ -175,6 +179,7 @@ class PassGraphs:
             function: of inputs with a sample more; must read the weights that it is given.
             weights: every tensor that it reads beside; with `train` those that require a gradient get one.
             samples, extent: of the batch, see `Topology`.
+            split: what `function` gets for `weights`, each of which is handed its gradient as one.
         """
         if size.blocks == 0 or self._refused:
             return None
@@ -208,7 +213,7 @@ class PassGraphs:
             self._leave_room(size.blocks, train)
             if self._refused or not recording.takes(size):
                 return None
-            if not self._try_to_record(recording, cell, size, inputs, function, weights, train):
+            if not self._try_to_record(recording, cell, size, inputs, function, weights, train, split):
                 return None
         else:
             self.hits += 1
@@ -236,7 +241,7 @@ class PassGraphs:
         blocks = size.blocks
         for name, buffer in recording.inputs.items():
             buffer[:blocks].copy_(inputs[name])
-            if buffer.dtype == torch.bool:
+            if name != "coords":  # what an earlier batch left might not be finite
                 self._buffers.clear_after(buffer, blocks)
         recording.inputs["coords"][blocks:].copy_(recording.filling.coords[: recording.size.blocks - blocks])
 
@@ -266,6 +271,7 @@ class PassGraphs:
         function: Work,
         weights: Sequence[Tensor],
         train: bool,
+        split: Split,
     ) -> bool:
         """Record the passes, rehearsed with the batch; False where the card has no room."""
         size = recording.size
@@ -279,13 +285,17 @@ class PassGraphs:
         self._load(recording, batch, inputs)
         held: dict[str, Any] = {}
         trained = [w for w in weights if w.requires_grad]
+        with torch.enable_grad():
+            wanted = [train and part.requires_grad for part in split(weights)]
         if train and not self._gradients:
             self._gradients = _flat_gradients(trained)
+            self._parts = _parts_of(self._gradients, weights, split, wanted)
 
         def forward() -> None:
             # Leaves of their own in the same memory: what autograd keeps with the model's parameters belongs to the
             # stream of earlier passes, and recording must not touch another stream.
-            leaves = [w.detach().requires_grad_(train and w.requires_grad) for w in weights]
+            parts = split([w.detach() for w in weights])
+            leaves = [part.detach().requires_grad_(grad) for part, grad in zip(parts, wanted)]
             held["leaves"] = [leaf for leaf in leaves if leaf.requires_grad]
             with torch.set_grad_enabled(train):
                 held["outputs"] = function(buffers, size, leaves)
@@ -301,7 +311,7 @@ class PassGraphs:
                     recording.gradients[name] = self._buffers.rows(f"gradient {name}", size.blocks, out.detach())
             handed = [recording.gradients[name] for name in outputs]
             grads = torch.autograd.grad(list(outputs.values()), held["leaves"], handed, materialize_grads=True)
-            for _, views, numbers in self._gradients:
+            for views, numbers in self._parts:
                 torch._foreach_copy_(views, [grads[i] for i in numbers])
 
         def both() -> None:
@@ -313,10 +323,10 @@ class PassGraphs:
         took = self._recorder.rehearse(both)
         if took > self._recorder.bytes:
             # the first is fitted closely; larger ones that come later leave room for more
-            wanted = took if self._recorder.bytes == 0 else took + took // 2
+            region = took if self._recorder.bytes == 0 else took + took // 2
             self._recordings.clear()
-            if not self._recorder.reserve(wanted):
-                self.refuse(f"they need {wanted / 1e9:.1f} GB, and as much must stay free")
+            if not self._recorder.reserve(region):
+                self.refuse(f"they need {region / 1e9:.1f} GB, and as much must stay free")
                 return False
         recording.forward = self._recorder.record(forward)
         if train:
@@ -346,6 +356,22 @@ def _flat_gradients(weights: Sequence[Tensor]) -> list[tuple[Tensor, list[Tensor
         flat = like[0].new_zeros(sum(w.numel() for w in like))
         out.append((flat, _views(flat, like), numbers))
     return out
+
+
+def _parts_of(
+    gradients: list[tuple[Tensor, list[Tensor], list[int]]], weights: Sequence[Tensor], split: Split, wanted: list[bool]
+) -> list[tuple[list[Tensor], list[int]]]:
+    """Per dtype: the parts of the weights' gradients, and their numbers among those that have one."""
+    of_trained = {number: view for _, views, numbers in gradients for number, view in zip(numbers, views)}
+    trained = iter(range(len(of_trained)))
+    with torch.no_grad():
+        parts = split([of_trained[next(trained)] if w.requires_grad else w.detach() for w in weights])
+    groups: dict[torch.dtype, tuple[list[Tensor], list[int]]] = {}
+    for number, part in enumerate(part for part, grad in zip(parts, wanted) if grad):
+        views, numbers = groups.setdefault(part.dtype, ([], []))
+        views.append(part)
+        numbers.append(number)
+    return list(groups.values())
 
 
 def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from trellis.models.autoencoders.decoder import SparseSDFDecoder
 from trellis.models.autoencoders.encoder import SparseSDFEncoder
-from trellis.models.autoencoders.flat_weights import FlatWeights
-from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows
+from trellis.models.autoencoders.flat_weights import FlatWeights, Structure
+from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows, Split
 from trellis.models.autoencoders.pass_sizes import Sizes
 from trellis.modules.quantizers import VectorQuantizer, nearest_code
 from trellis.modules.sparse.attention import takes_varlen
@@ -118,7 +118,7 @@ class SparseSDFVQVAE(nn.Module):
         self.fused, self.backend = fused, backend
         self.cuda_graphs = cuda_graphs
         self._graphs = PassGraphs()
-        self._flat: FlatWeights | None = None
+        self._drop_flat_weights()
         self.use_fp16 = use_fp16
         self._compute_dtype: torch.dtype | None = None
         self.encoder = SparseSDFEncoder(**common, **parts["encoder"])
@@ -254,19 +254,22 @@ class SparseSDFVQVAE(nn.Module):
             raise ValueError(f"coordinates must not be negative, got {min(lowest)}")
         extent = _round_up_to_power_of_2(highest + 1)
 
-        def decode(inputs: Rows, size: Sizes, weights: Sequence[Tensor]) -> Rows:
+        weights, split, names = self._weights(flat=True)
+
+        def decode(inputs: Rows, size: Sizes, parts: Sequence[Tensor]) -> Rows:
             topology = Topology(inputs["coords"], samples + 1, extent, size.windows)
-            return {"sdf": self._with_weights(weights, lambda: self._decode(inputs["latent"], topology, factor))}
+            return {"sdf": self._with_weights(names, parts, lambda: self._decode(inputs["latent"], topology, factor))}
 
         out = self._graphs.run(
             ("decode", factor, *self._switches()),
             Sizes(len(latent), windows=window_sizes or {}),
             {"coords": coords, "latent": latent},
             decode,
-            self._weights(),
+            weights,
             samples=samples,
             extent=extent,
             train=False,
+            split=split,
         )
         if out is not None:
             return out["sdf"]
@@ -323,29 +326,43 @@ class SparseSDFVQVAE(nn.Module):
         return self.compute_dtype, self.backend, torch.backends.cuda.matmul.allow_tf32
 
     def use_flat_weights(self, flat: FlatWeights) -> None:
-        """Let recorded passes read weights, and hand their gradients over, by the flat tensors in which they lie.
+        """Let recorded passes read weights by the flat tensors in which they lie.
 
-        Ends by itself when the model's parameters lie elsewhere.
+        Training passes with a `head` hand their gradients over to those; others give them to the parameters. It ends by
+        itself when the model is changed: moved, converted, a part replaced or frozen.
         """
-        self._flat = flat
-        self._apart = [name for name, _ in self.named_parameters() if name not in flat.names]
+        self._graphs.clear()
+        self._flat, self._structure = flat, Structure(self)
+        self._apart = [name for name, _ in self.named_parameters() if name not in set(flat.names)]
 
-    def _weights(self) -> list[Tensor]:
-        if self._flat is not None and not self._flat.hold(self):
-            self._flat = None
-        buffers = self.quantizer.buffers()
-        if self._flat is None:
-            return [*self.parameters(), *buffers]
-        return [*self._flat.leaves, *(self.get_parameter(name) for name in self._apart), *buffers]
+    def _drop_flat_weights(self) -> None:
+        self._flat: FlatWeights | None = None
+        self._structure: Structure | None = None
+        self._apart: list[str] = []
 
-    def _with_weights(self, weights: Sequence[Tensor], work: Callable[[], Any]) -> Any:
-        """What `work` returns with other tensors in the place of `_weights`; buffers stay."""
-        if self._flat is None:
-            tensors = dict(zip((name for name, _ in self.named_parameters()), weights))
-        else:
-            count = len(self._flat.leaves)
-            tensors = self._flat.by_name(weights[:count]) | dict(zip(self._apart, weights[count:]))
-        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has its own parameters, which do not lie there."""
+        return {**super().__getstate__(), "_flat": None, "_structure": None, "_apart": []}
+
+    def _weights(self, *, flat: bool) -> tuple[list[Tensor], Split, list[str]]:
+        """What passes are given, how it becomes what they read, and the parameters' names there; buffers come last."""
+        buffers = list(self.quantizer.buffers())
+        if self._structure is not None and not self._structure.holds():
+            self._drop_flat_weights()
+        if self._flat is None or not flat:
+            named = dict(self.named_parameters())
+            return [*named.values(), *buffers], list, list(named)
+        of, count = self._flat, len(self._flat.leaves)
+        apart = [self.get_parameter(name) for name in self._apart]
+
+        def split(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [*of.views(tensors[:count]), *tensors[count:]]
+
+        return [*of.leaves, *apart, *buffers], split, [*of.names, *self._apart]
+
+    def _with_weights(self, names: Sequence[str], weights: Sequence[Tensor], work: Callable[[], Any]) -> Any:
+        """What `work` returns with other tensors in the place of the parameters of these names; buffers stay."""
+        named = {f"model.{name}": tensor for name, tensor in zip(names, weights)}
         return torch.func.functional_call(_Caller(self), named, (work,))
 
     def _through_graph(
@@ -364,22 +381,26 @@ class SparseSDFVQVAE(nn.Module):
         samples, extent = len(batch["blocks_per_sample"]), -(-batch["resolution"] // LATENT_STRIDE)
         _, rows2, rows4, blocks = batch["level_sizes"]
 
-        def run(inputs: Rows, size: Sizes, weights: Sequence[Tensor]) -> Rows:
+        weights, split, names = self._weights(flat=not train or head is not None)
+
+        def run(inputs: Rows, size: Sizes, parts: Sequence[Tensor]) -> Rows:
             coords, values, active = inputs["coords"], inputs["values"], inputs["active"]
             sizes = (size.level_sizes, samples + 1, extent, size.windows)
             pyramid = build_pyramid(coords, values, active, *sizes, padded=True)
-            out = self._with_weights(weights, lambda: work(pyramid, factor))
-            of_batch = {key: inputs[name] for name, key in names.items()}
-            return out if head is None else head.after(out, of_batch)
+            out = self._with_weights(names, parts, lambda: work(pyramid, factor))
+            if head is None:
+                return out
+            return head.after(out, {key: inputs[name] for name, key in of_batch.items()})
 
-        names = {"coords": "block_coords", "values": "block_sdf", "active": "active"}
-        names |= {} if head is None else {key: key for key in head.inputs}
-        inputs = {name: batch[key].to(self.device, non_blocking=True) for name, key in names.items()}
+        of_batch = {"coords": "block_coords", "values": "block_sdf", "active": "active"}
+        of_batch |= {} if head is None else {f"head {key}": key for key in head.inputs}
+        inputs = {name: batch[key].to(self.device, non_blocking=True) for name, key in of_batch.items()}
         inputs["coords"] = inputs["coords"].int()
-        key = (kind, factor, head, inputs["values"].dtype, *self._switches())
+        kinds = tuple((rows.dtype, rows.shape[1:]) for rows in inputs.values())
+        key = (kind, factor, head, kinds, *self._switches())
         size = Sizes(blocks, rows2, rows4, batch.get("window_sizes") or {})
         return self._graphs.run(
-            key, size, inputs, run, self._weights(), samples=samples, extent=extent, train=train
+            key, size, inputs, run, weights, samples=samples, extent=extent, train=train, split=split
         )
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -417,7 +438,8 @@ class SparseSDFVQVAE(nn.Module):
         if head is None:
             return out
         keys = ("block_coords", "block_sdf", "active", *head.inputs)
-        return head.after(out, {key: batch[key].to(self.device, non_blocking=True) for key in keys})
+        rows = {key: batch[key].to(self.device, non_blocking=True) for key in keys}
+        return head.after(out, rows | {"block_coords": rows["block_coords"].int()})
 
     def _train_pyramid(self, pyramid: Pyramid, factor: float | None = None) -> Rows:
         latent, _ = self._encode(pyramid, factor)
@@ -485,10 +507,13 @@ def _heads(config: Mapping[str, Any], part: str, channels: int) -> tuple[str, in
 class Head:
     """What becomes of a training pass's outputs, before anything leaves it.
 
+    Passes are recorded for one object: make it once and keep it. What its function reads beside its arguments counts
+    as it was when the pass was recorded.
+
     Attributes:
-        function: of the outputs, as `SparseSDFVQVAE.forward` returns them, and of the batch's `block_coords`,
-            `block_sdf`, `active` and `inputs`, to tensors [M, ...] by name. Those of them that have a gradient must not
-            mix blocks, nor may it read weights.
+        function: of the outputs of `SparseSDFVQVAE.forward` (no `codebook_rows` where moving averages train the
+            codebook) and of the batch's `block_coords` int32, `block_sdf`, `active` and `inputs`, to tensors [M, ...]
+            by name. Those of them that have a gradient must not mix blocks, nor may it read weights.
         inputs: further keys of the batch, tensors [M, ...].
     """
 
