@@ -4,7 +4,8 @@ python benchmarks/bench_conv.py [--dtype float16] [--graph] [--only D1] [--json 
 
 Grids of the spherical shell at R = 512: E1, E2, E3 (encoder) and D1, D2 (decoder, full below each block). Four
 submanifold 3x3x3 convolutions in a row, C -> C; the same number after a subdivision each (the collapsed form, on the
-parents); and the last stage (subdivide, 32 -> 32, to the scalar). Prints milliseconds (median, fastest, slowest), peak
+parents), side by side, since each makes a finer grid; and the last stage (subdivide, 32 -> 32, to the scalar). One
+backward pass over all four, and the tables that the grid needs. Prints milliseconds (median, fastest, slowest), peak
 memory of PyTorch's allocator, and the floor at 790 TFLOP/s with every one of 27 (or 8) taps counted. Everything is
 launched from the host; with --graph it is then recorded as one CUDA graph, as the network's passes are, and timed again
 ("graph_ms", median, and its spread): the difference is the host's.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from trellis.models.autoencoders.cuda_recorder import CudaRecorder
 from trellis.modules.sparse.conv.functional import subdivide_conv3d, subdivide_conv_to_scalar, submanifold_conv3d
-from trellis.modules.sparse.levels import Grid, Pyramid, build_pyramid
+from trellis.modules.sparse.levels import Grid, Pyramid, Topology, build_pyramid
 
 RATE = 790e12
 LAYERS = 4
@@ -38,9 +39,11 @@ def grids(batch: dict) -> dict[str, Callable[[], Grid]]:
         values = (batch[key] for key in ("block_coords", "block_sdf", "active", "level_sizes"))
         return build_pyramid(*values, num_samples=1, extent=batch["resolution"] // 8)
 
+    def full(side: int) -> Grid:
+        return Topology(batch["block_coords"], num_samples=1, extent=batch["resolution"] // 8).dense_grid(side)
+
     makers: dict[str, Callable[[], Grid]] = {f"E{i}": lambda i=i: pyramid().grids[i] for i in (1, 2, 3)}
-    makers |= {f"D{i}": lambda i=i: pyramid().topology.dense_grid(1 << i) for i in (0, 1, 2)}
-    return makers
+    return makers | {f"D{i}": lambda i=i: full(1 << i) for i in (0, 1, 2)}
 
 
 def recorded(function: Callable[[], None]) -> Callable[[], None]:
@@ -106,9 +109,8 @@ def four_after_subdivide(make: Callable[[], Grid], c: int, args: argparse.Namesp
 
     def run() -> None:
         grid = make()
-        for weight, bias in zip(weights, biases):
-            y = subdivide_conv3d(x, weight, bias, grid)
-            torch.autograd.grad(y, [x, weight, bias], handed)
+        outputs = [subdivide_conv3d(x, weight, bias, grid) for weight, bias in zip(weights, biases)]
+        torch.autograd.grad(outputs, [x, *weights, *biases], [handed] * LAYERS)
 
     floor = 3 * LAYERS * 8 * 2e3 * 8 * parents * c * c / RATE
     return measure(f"{name}: {LAYERS} x subdivide, convolution {c} -> {c}", run, 8 * parents, floor, args)

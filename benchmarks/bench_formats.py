@@ -42,6 +42,8 @@ def run(args: argparse.Namespace, mode: str, seed: int, folder: Path) -> dict[st
     began = time.perf_counter()
     trainer.run(max_steps=args.steps)
     seconds = time.perf_counter() - began
+    if trainer.step != args.steps:
+        raise SystemExit(f"{mode}, seed {seed}: ended after {trainer.step} of {args.steps} steps")
     lines = [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
     row = {"mode": mode, "seed": seed, "seconds": round(seconds, 1)}
     row["skipped"] = sum(line["grad_norm"] is None for line in lines)
