@@ -98,8 +98,8 @@ def test_flat_weights_are_views_of_the_parameters_until_the_model_changes():
     for name, parameter in model.named_parameters():
         assert views[name].data_ptr() == parameter.data_ptr() and torch.equal(views[name], parameter)
     copied = copy.deepcopy(model)
-    assert copied._flat is None and len(copied._weights(flat=True)[0]) == len(list(copied.parameters())) + 2
-    assert len(model._weights(flat=True)[0]) == 2 + 2 and len(model._weights(flat=False)[0]) > 10
+    assert copied._flat is None and len(copied._weights()[0]) == len(list(copied.parameters())) + 2
+    assert len(model._weights()[0]) == 2 + 2
     names = [name for name, _ in model.named_parameters()]
     middle = names[len(names) // 2]
     changes = {
@@ -115,7 +115,7 @@ def test_flat_weights_are_views_of_the_parameters_until_the_model_changes():
         model, _ = flat_model()
         assert model._structure.holds()
         change(model)
-        assert len(model._weights(flat=True)[0]) > 10 and model._flat is None, what
+        assert len(model._weights()[0]) > 10 and model._flat is None, what
 
 
 def test_a_model_with_flat_weights_trains_in_another_loop_too(monkeypatch):
@@ -129,9 +129,17 @@ def test_a_model_with_flat_weights_trains_in_another_loop_too(monkeypatch):
         loss_of(model(batch)).backward()
         loss_of(model._train_pyramid(model.build_pyramid(batch)))
         loss_of(plain._train_pyramid(plain.build_pyramid(batch))).backward()
-    assert model._graphs.hits and all(leaf.grad is None for leaf in precision.flat_weights.leaves)
+        with torch.no_grad():
+            model.encode(batch)
+    assert model._graphs.hits >= 2 and model._flat is None
+    assert all(leaf.grad is None for leaf in precision.flat_weights.leaves)
     for a, b in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_needs_blocks():
+    with pytest.raises(ValueError, match="got sparse_sdf, sparse_index"):
+        model_of(backend="cpu")({"sparse_sdf": None, "sparse_index": None}, Head(rows_of))
 
 
 def test_a_batch_that_is_not_finite_spoils_no_other(monkeypatch):

@@ -172,7 +172,7 @@ class Precision:
             leaf.grad = None
         handed = {name: p.grad for name, p in self._of_model.items() if p.grad is not None}
         full = [name for name, gradient in handed.items() if gradient.dtype == torch.float32]
-        half = [name for name in handed if name not in set(full)]
+        half = [name for name, gradient in handed.items() if gradient.dtype != torch.float32]
         if full:
             torch._foreach_add_([self._handed_to[name] for name in full], [handed[name] for name in full])
         if half:

@@ -254,7 +254,7 @@ class SparseSDFVQVAE(nn.Module):
             raise ValueError(f"coordinates must not be negative, got {min(lowest)}")
         extent = _round_up_to_power_of_2(highest + 1)
 
-        weights, split, names = self._weights(flat=True)
+        weights, split, names = self._weights()
 
         def decode(inputs: Rows, size: Sizes, parts: Sequence[Tensor]) -> Rows:
             topology = Topology(inputs["coords"], samples + 1, extent, size.windows)
@@ -328,12 +328,14 @@ class SparseSDFVQVAE(nn.Module):
     def use_flat_weights(self, flat: FlatWeights) -> None:
         """Let recorded passes read weights by the flat tensors in which they lie.
 
-        Training passes with a `head` hand their gradients over to those; others give them to the parameters. It ends by
-        itself when the model is changed: moved, converted, a part replaced or frozen.
+        Training passes with a `head` hand their gradients over to those. It ends by itself when the model is changed
+        (moved, converted, a part replaced or frozen), and with a recorded training pass without a head, whose gradients
+        are the parameters'.
         """
         self._graphs.clear()
         self._flat, self._structure = flat, Structure(self)
-        self._apart = [name for name, _ in self.named_parameters() if name not in set(flat.names)]
+        lie_there = set(flat.names)
+        self._apart = [name for name, _ in self.named_parameters() if name not in lie_there]
 
     def _drop_flat_weights(self) -> None:
         self._flat: FlatWeights | None = None
@@ -344,12 +346,12 @@ class SparseSDFVQVAE(nn.Module):
         """A copy has its own parameters, which do not lie there."""
         return {**super().__getstate__(), "_flat": None, "_structure": None, "_apart": []}
 
-    def _weights(self, *, flat: bool) -> tuple[list[Tensor], Split, list[str]]:
+    def _weights(self) -> tuple[list[Tensor], Split, list[str]]:
         """What passes are given, how it becomes what they read, and the parameters' names there; buffers come last."""
         buffers = list(self.quantizer.buffers())
         if self._structure is not None and not self._structure.holds():
             self._drop_flat_weights()
-        if self._flat is None or not flat:
+        if self._flat is None:
             named = dict(self.named_parameters())
             return [*named.values(), *buffers], list, list(named)
         of, count = self._flat, len(self._flat.leaves)
@@ -381,7 +383,9 @@ class SparseSDFVQVAE(nn.Module):
         samples, extent = len(batch["blocks_per_sample"]), -(-batch["resolution"] // LATENT_STRIDE)
         _, rows2, rows4, blocks = batch["level_sizes"]
 
-        weights, split, names = self._weights(flat=not train or head is not None)
+        if train and head is None:
+            self._drop_flat_weights()  # for all passes: recordings last as long as they are given the same weights
+        weights, split, names = self._weights()
 
         def run(inputs: Rows, size: Sizes, parts: Sequence[Tensor]) -> Rows:
             coords, values, active = inputs["coords"], inputs["values"], inputs["active"]
@@ -416,7 +420,12 @@ class SparseSDFVQVAE(nn.Module):
         Returns:
             `sdf` float32 [M, 512] in Morton order; `ids` int64 [M]; `codebook_rows` float32 [M] or None (codebook by
             moving averages); `commitment_rows` float32 [M]; `latent` float32 [M, L], before quantization.
+
+        Raises:
+            ValueError: a head, and a batch that lists voxels instead of blocks.
         """
+        if head is not None and "block_coords" not in batch:
+            raise ValueError(f"a head needs a batch of blocks (block_coords, block_sdf, ...), got {', '.join(batch)}")
         out = None
         try:
             if self.training and self._may_graph() and torch.is_grad_enabled():
