@@ -68,14 +68,19 @@ def flat_model() -> tuple[SparseSDFVQVAE, Precision]:
     return model, precision
 
 
-def test_flat_gradients_are_those_of_the_parameters(monkeypatch):
+def recorded_model(monkeypatch) -> tuple[SparseSDFVQVAE, Precision]:
+    """One with flat weights, which records every pass at its first batch."""
     monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 1, False: 1})
+    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: True)
+    model, precision = flat_model()
+    model._graphs = PassGraphs(Repeater)
+    return model.train(), precision
+
+
+def test_flat_gradients_are_those_of_the_parameters(monkeypatch):
     plain, batch = model_of(backend="cpu").train(), spheres([0.42])
     rows_of(plain(batch), batch)["rows"].sum().backward()
-    model, precision = flat_model()
-    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: True)
-    model._graphs = PassGraphs(Repeater)
-    model.train()
+    model, precision = recorded_model(monkeypatch)
     precision.gradient.fill_(float("nan"))  # of a step before
     head = Head(rows_of)
     for first in (True, False):
@@ -119,11 +124,7 @@ def test_flat_weights_are_views_of_the_parameters_until_the_model_changes():
 
 
 def test_a_model_with_flat_weights_trains_in_another_loop_too(monkeypatch):
-    monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 1, False: 1})
-    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: True)
-    model, precision = flat_model()
-    model._graphs = PassGraphs(Repeater)
-    model.train()
+    model, precision = recorded_model(monkeypatch)
     plain, batch = model_of(backend="cpu", cuda_graphs=False).train(), spheres([0.42])
     for _ in range(2):
         loss_of(model(batch)).backward()
@@ -144,11 +145,7 @@ def test_a_head_needs_blocks():
 
 def test_a_batch_that_is_not_finite_spoils_no_other(monkeypatch):
     """What it left in the rows that fill a smaller batch up is not read."""
-    monkeypatch.setattr(pass_graphs, "SIGHTINGS", {True: 1, False: 1})
-    monkeypatch.setattr(SparseSDFVQVAE, "_may_graph", lambda self: True)
-    model, precision = flat_model()
-    model._graphs = PassGraphs(Repeater)
-    model.train()
+    model, precision = recorded_model(monkeypatch)
     head = Head(rows_of)
     large = spheres([0.42], 64)
     small = {key: large[key][:-9] for key in ("block_coords", "block_sdf", "active")}
