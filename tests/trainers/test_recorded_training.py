@@ -14,7 +14,8 @@ from trellis.datasets.sparse_sdf import window_sizes
 from trellis.models.autoencoders import pass_graphs
 from trellis.models.autoencoders.flat_weights import FlatWeights
 from trellis.models.autoencoders.pass_graphs import PassGraphs
-from trellis.models.autoencoders.ss_vqvae import Head, SparseSDFVQVAE
+from trellis.models.autoencoders.pass_head import Head
+from trellis.models.autoencoders.ss_vqvae import SparseSDFVQVAE
 from trellis.trainers import base
 from trellis.trainers.build import RunOptions, build_trainer
 from trellis.trainers.precision import Precision
@@ -47,7 +48,7 @@ def test_training_through_recorded_passes_is_training(tmp_path: Path, prepared, 
         logs[recorded] = read_log(run)
         hits, misses = trainer.model._graphs.hits, trainer.model._graphs.misses
         assert hits >= 10 and misses > 0 if recorded else hits == misses == 0
-        assert trainer.model._flat is trainer.precision.flat_weights
+        assert trainer.model._flat.flat is trainer.precision.flat_weights
         assert all(p.grad is None for p in trainer.model.parameters())
     exact = mode is None
     for a, b in zip(logs[False], logs[True], strict=True):
@@ -118,7 +119,7 @@ def test_flat_weights_are_views_of_the_parameters_until_the_model_changes():
     }
     for what, change in changes.items():
         model, _ = flat_model()
-        assert model._structure.holds()
+        assert model._flat.holds()
         change(model)
         assert len(model._weights()[0]) > 10 and model._flat is None, what
 
@@ -194,7 +195,7 @@ def test_training_through_graphs_on_the_card_is_training(tmp_path: Path, prepare
         assert trainer.run() == 0
         logs[recorded] = read_log(run)
         assert (trainer.model._graphs.hits >= 10) is recorded
-        assert trainer.model._flat is trainer.precision.flat_weights
+        assert trainer.model._flat.flat is trainer.precision.flat_weights
     for a, b in zip(logs[False], logs[True], strict=True):
         for key in ("loss", "mse_band", "mse_extra", "vq", "commitment", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=0.05), (a["step"], key)

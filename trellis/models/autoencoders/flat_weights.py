@@ -70,3 +70,30 @@ class Structure:
             and all(len(held) == count for held, count in self._dicts)
             and all(p.data_ptr() == here and p.requires_grad is trained for p, here, trained in self._lie)
         )
+
+
+class FlatModel:
+    """A model whose parameters lie in flat weights, for as long as `holds` says so.
+
+    Attributes:
+        flat: these. names: of the parameters in the order in which `split` gives them.
+    """
+
+    def __init__(self, model: nn.Module, flat: FlatWeights) -> None:
+        self.flat, self._structure = flat, Structure(model)
+        lie_there = set(flat.names)
+        self._apart = [name for name, _ in model.named_parameters() if name not in lie_there]
+        self.names = [*flat.names, *self._apart]
+
+    def holds(self) -> bool:
+        """Whether the model is what it was."""
+        return self._structure.holds()
+
+    def weights(self, model: nn.Module) -> list[Tensor]:
+        """The flat leaves, and the parameters of the model that lie elsewhere."""
+        return [*self.flat.leaves, *(model.get_parameter(name) for name in self._apart)]
+
+    def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors laid out as `weights`, and any more after them: one for each of `names`, and these."""
+        count = len(self.flat.leaves)
+        return [*self.flat.views(tensors[:count]), *tensors[count:]]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from trellis.models.autoencoders.decoder import SparseSDFDecoder
 from trellis.models.autoencoders.encoder import SparseSDFEncoder
-from trellis.models.autoencoders.flat_weights import FlatWeights, Structure
+from trellis.models.autoencoders.flat_weights import FlatModel, FlatWeights
+from trellis.models.autoencoders.part_arguments import part_arguments
 from trellis.models.autoencoders.pass_graphs import PassGraphs, Rows, Split
+from trellis.models.autoencoders.pass_head import Head
 from trellis.models.autoencoders.pass_sizes import Sizes
 from trellis.modules.quantizers import VectorQuantizer, nearest_code
 from trellis.modules.sparse.attention import takes_varlen
@@ -118,7 +119,7 @@ class SparseSDFVQVAE(nn.Module):
         self.fused, self.backend = fused, backend
         self.cuda_graphs = cuda_graphs
         self._graphs = PassGraphs()
-        self._drop_flat_weights()
+        self._flat: FlatModel | None = None
         self.use_fp16 = use_fp16
         self._compute_dtype: torch.dtype | None = None
         self.encoder = SparseSDFEncoder(**common, **parts["encoder"])
@@ -333,34 +334,21 @@ class SparseSDFVQVAE(nn.Module):
         are the parameters'.
         """
         self._graphs.clear()
-        self._flat, self._structure = flat, Structure(self)
-        lie_there = set(flat.names)
-        self._apart = [name for name, _ in self.named_parameters() if name not in lie_there]
-
-    def _drop_flat_weights(self) -> None:
-        self._flat: FlatWeights | None = None
-        self._structure: Structure | None = None
-        self._apart: list[str] = []
+        self._flat = FlatModel(self, flat)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own parameters, which do not lie there."""
-        return {**super().__getstate__(), "_flat": None, "_structure": None, "_apart": []}
+        return {**super().__getstate__(), "_flat": None}
 
     def _weights(self) -> tuple[list[Tensor], Split, list[str]]:
         """What passes are given, how it becomes what they read, and the parameters' names there; buffers come last."""
         buffers = list(self.quantizer.buffers())
-        if self._structure is not None and not self._structure.holds():
-            self._drop_flat_weights()
+        if self._flat is not None and not self._flat.holds():
+            self._flat = None
         if self._flat is None:
             named = dict(self.named_parameters())
             return [*named.values(), *buffers], list, list(named)
-        of, count = self._flat, len(self._flat.leaves)
-        apart = [self.get_parameter(name) for name in self._apart]
-
-        def split(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [*of.views(tensors[:count]), *tensors[count:]]
-
-        return [*of.leaves, *apart, *buffers], split, [*of.names, *self._apart]
+        return [*self._flat.weights(self), *buffers], self._flat.split, self._flat.names
 
     def _with_weights(self, names: Sequence[str], weights: Sequence[Tensor], work: Callable[[], Any]) -> Any:
         """What `work` returns with other tensors in the place of the parameters of these names; buffers stay."""
@@ -384,7 +372,7 @@ class SparseSDFVQVAE(nn.Module):
         _, rows2, rows4, blocks = batch["level_sizes"]
 
         if train and head is None:
-            self._drop_flat_weights()  # for all passes: recordings last as long as they are given the same weights
+            self._flat = None  # for all passes: recordings last as long as they are given the same weights
         weights, split, names = self._weights()
 
         def run(inputs: Rows, size: Sizes, parts: Sequence[Tensor]) -> Rows:
@@ -443,11 +431,11 @@ class SparseSDFVQVAE(nn.Module):
         return out if head is not None else {"codebook_rows": None, **out}
 
     def _train_batch(self, batch: Batch, head: Head | None) -> Rows:
-        out = self._train_pyramid(self.build_pyramid(batch))
         if head is None:
-            return out
+            return self._train_pyramid(self.build_pyramid(batch))
         keys = ("block_coords", "block_sdf", "active", *head.inputs)
         rows = {key: batch[key].to(self.device, non_blocking=True) for key in keys}
+        out = self._train_pyramid(self.build_pyramid(batch | rows))
         return head.after(out, rows | {"block_coords": rows["block_coords"].int()})
 
     def _train_pyramid(self, pyramid: Pyramid, factor: float | None = None) -> Rows:
@@ -474,64 +462,6 @@ class SparseSDFVQVAE(nn.Module):
         if not rows:
             raise ValueError("initialize_codebook needs at least one batch")
         self.quantizer.initialize(torch.cat(rows), seed)
-
-
-def part_arguments(config: Mapping[str, Any], part: str) -> dict[str, int]:
-    """`model_channels`, `num_blocks` and `num_heads` of the "encoder" or "decoder" from the arguments of the model.
-
-    Raises:
-        ValueError: a value outside its rule, by the name that it was given under.
-    """
-
-    def given(name: str) -> tuple[str, Any]:
-        own = f"{name}_{part}"
-        return (name, config[name]) if config[own] is None else (own, config[own])
-
-    name, channels = given("model_channels")
-    if channels <= 0 or channels % 64:
-        raise ValueError(f"{name} must be a positive multiple of 64, got {channels}")
-    name, blocks = given("num_blocks")
-    if blocks < 0:
-        raise ValueError(f"{name} must be at least 0, got {blocks}")
-    name, heads = _heads(config, part, channels)
-    if heads < 1 or channels % heads:
-        raise ValueError(f"{name} must divide the {channels} channels of the {part}, which {heads} heads do not")
-    return {"model_channels": channels, "num_blocks": blocks, "num_heads": heads}
-
-
-def _heads(config: Mapping[str, Any], part: str, channels: int) -> tuple[str, int]:
-    """The argument that counts and its heads: a part's own before the common ones, heads before their width."""
-    for suffix in (f"_{part}", ""):
-        heads, width = config[f"num_heads{suffix}"], config[f"num_head_channels{suffix}"]
-        if heads is not None:
-            return f"num_heads{suffix}", heads
-        if width is not None and width < 1:
-            raise ValueError(f"num_head_channels{suffix} must be at least 1, got {width}")
-        if width is not None:
-            return f"num_head_channels{suffix}", max(1, channels // width)
-    raise ValueError("num_head_channels must be a number where num_heads is null, got null")
-
-
-@dataclass(frozen=True)
-class Head:
-    """What becomes of a training pass's outputs, before anything leaves it.
-
-    Passes are recorded for one object: make it once and keep it. What its function reads beside its arguments counts
-    as it was when the pass was recorded.
-
-    Attributes:
-        function: of the outputs of `SparseSDFVQVAE.forward` (no `codebook_rows` where moving averages train the
-            codebook) and of the batch's `block_coords` int32, `block_sdf`, `active` and `inputs`, to tensors [M, ...]
-            by name. Those of them that have a gradient must not mix blocks, nor may it read weights.
-        inputs: further keys of the batch, tensors [M, ...].
-    """
-
-    function: Callable[[Rows, Rows], Rows]
-    inputs: tuple[str, ...] = ()
-
-    def after(self, out: Rows, batch: Rows) -> Rows:
-        """`function`'s result, with the codes and the latents that the codebook's statistics need."""
-        return {"ids": out["ids"], "latent": out["latent"].detach(), **self.function(out, batch)}
 
 
 class _Caller(nn.Module):

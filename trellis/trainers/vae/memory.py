@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trellis.models.autoencoders.ss_vqvae import part_arguments
+from trellis.models.autoencoders.part_arguments import part_arguments
 
 # Fitted to the peaks of forward and backward passes on an H100 (PyTorch 2.11, C = 512), which grow in proportion to the
 # blocks: 249 kB a block with 8 + 8 layers in half precision on real shapes, 173 kB with 4 + 4 and a plain mean of

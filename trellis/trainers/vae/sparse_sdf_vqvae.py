@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trellis.config import TrainerArgs
 from trellis.datasets.sparse_sdf import collate, count_true
-from trellis.models.autoencoders.ss_vqvae import Head
+from trellis.models.autoencoders.pass_head import Head
 from trellis.modules.quantizers import JointRows
 from trellis.trainers.memory import MemoryLimit, too_large
 from trellis.trainers.sampler import ResumableSampler
