@@ -119,14 +119,16 @@ def test_two_ranks_are_one_with_the_joint_batch(tmp_path: Path, prepared: Path, 
     assert len(load_misc(found[1])["generators"]) == 2
 
 
-def test_a_failing_rank_ends_the_other(tmp_path: Path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failing_rank_ends_the_other(tmp_path: Path, workers):
     """One rank meets a broken file: both end, and the code says that the input is wrong, which is not retried."""
     data = write_dataset(tmp_path / "data", 4)
-    path = write_config(tmp_path / "c.json", tiny_config(batch_size_per_gpu=1, max_steps=500, i_print=None))
+    config = tiny_config(batch_size_per_gpu=1, max_steps=500, i_print=None, num_workers=workers)
+    path = write_config(tmp_path / "c.json", config)
     (data / "sparse_sdf" / "shape02_r64.npz").write_bytes(b"broken")
     code, output = train(path, data, tmp_path / "run", "--num_gpus", "2", "--auto_retry", "3")
     assert code == 2
-    assert "shape02_r64.npz" in output and "restart" not in output
+    assert "shape02_r64.npz" in output and "restart" not in output and "Traceback" not in output
 
 
 def test_ctrl_c_saves_and_exits(tmp_path: Path, prepared: Path):

@@ -449,6 +449,16 @@ def test_bad_data_is_named(tmp_path: Path):
         trainer.run()
 
 
+def test_loader_processes_change_nothing(tmp_path: Path, prepared: Path):
+    """Neither the codebook that training starts from, which they read shapes for, nor a step."""
+    weights = []
+    for workers in (0, 2):
+        trainer = build(tmp_path, prepared, tiny_config(max_steps=2, num_workers=workers), f"workers{workers}")
+        trainer.run()
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_a_failed_save_ends_the_run_and_keeps_the_older(tmp_path: Path, prepared: Path, monkeypatch):
     trainer = build(tmp_path, prepared, tiny_config(max_steps=2, i_save=1))
     from trellis.trainers import checkpoint

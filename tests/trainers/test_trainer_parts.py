@@ -14,13 +14,14 @@ from torch import nn
 from trellis.config import InputError, Named
 from trellis.trainers.ema import EMA
 from trellis.trainers.grad_clip import AdaptiveGradClipper, build_grad_clipper
-from trellis.trainers.loader import split_and_collate
+from trellis.trainers.loader import read_batches, split_and_collate
 from trellis.trainers.loss_scale import LossScale
 from trellis.trainers.optim import build_optimizer, build_scheduler, load_optimizer, skips_on_device
 from trellis.trainers.precision import ALIGNMENT, INITIAL_LOG_SCALE, Precision, mode_on_device
 from trellis.trainers.random_state import random_state, set_random_state
 from trellis.trainers.sampler import ResumableSampler, share_out
 from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
+from trellis.utils.io_utils import UnreadableFile
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -200,6 +201,33 @@ def test_micro_batches_are_balanced_and_in_order():
     parts = split_and_collate(list(range(7)), parts=3, collate=list)
     assert [x for part in parts for x in part] == list(range(7))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+class Shapes(torch.utils.data.Dataset):
+    def __getitem__(self, key: int) -> int:
+        if key == 5:
+            raise UnreadableFile("shape5.npz: not a zip file", "shape5.npz: BadZipFile")
+        return key
+
+
+def none_above_3(samples: list[int]) -> list[int]:
+    if max(samples) > 3:
+        raise ValueError(f"shape {max(samples)} is too large")
+    return samples
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_wrong_with_a_shape_is_said_in_its_own_words(workers):
+    """Also by a loader process, where PyTorch would make a traceback of it, and a RuntimeError of the first."""
+    assert list(read_batches(Shapes(), [[0, 3], [2], [1]], list, workers)) == [[0, 3], [2], [1]]
+    read = read_batches(Shapes(), [[0], [1, 5]], list, workers)
+    assert next(read) == [0]
+    with pytest.raises(ValueError) as caught:
+        next(read)
+    assert str(caught.value) == "shape5.npz: not a zip file"
+    with pytest.raises(ValueError) as caught:
+        list(read_batches(Shapes(), [[0], [1, 4]], none_above_3, workers))
+    assert str(caught.value) == "shape 4 is too large"
 
 
 # -- optimizers and schedules -----------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class Trainer:
                 try:
                     if self.step == 0:
                         with wrong_input("data"):
-                            self.objective.prepare(self.model, self.dataset, self.sampler)
+                            self.objective.prepare(self.model, self.dataset, self.sampler, self._workers())
                         self.ema = {rate: self._new_ema(rate) for rate in self.ema}
                     exit_code = self._loop(last, launched, log, stop, max_steps=max_steps, after_step=after_step)
                     if max_steps is None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from trellis.config import InputError, TrainerArgs, wrong_input
 from trellis.trainers.memory import MemoryLimit, split_by_cost
@@ -48,24 +49,77 @@ def endless_batches(
     Raises:
         InputError: a shape cannot be read or used; the message names it.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=partial(split_and_collate, parts=parts, collate=objective.collate, limit=limit),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-        # Its own generator: drawing the workers' seeds must not move the global one.
-        generator=torch.Generator().manual_seed(sampler.seed),
-        prefetch_factor=2 if workers else None,
-    )
-    iterator = iter(loader)
+    collate = partial(split_and_collate, parts=parts, collate=objective.collate, limit=limit)
+    loaded = read_batches(dataset, sampler, collate, workers, pin_memory=device.type == "cuda")
     while True:
         with wrong_input("data"):
-            batches = next(iterator)
+            batches = next(loaded)
             for batch in batches:
                 objective.check_batch(batch)
         yield batches
+
+
+def read_batches(
+    dataset: Any,
+    keys: Iterable[Sequence[Any]],
+    collate: Callable[[Sequence[Any]], Any],
+    workers: int,
+    *,
+    pin_memory: bool = False,
+) -> Iterator[Any]:
+    """What `collate` makes of the samples of one batch after another, read ahead by loader processes.
+
+    Args:
+        keys: of the samples of each batch, in order.
+
+    Raises:
+        ValueError: of the dataset or `collate`, with its own words whichever process it happened in.
+    """
+    loader = DataLoader(
+        _Answering(dataset),
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=partial(_collated, collate=collate),
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # its own: drawing the workers' seeds must not move the global one
+        prefetch_factor=2 if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, _Failure):
+            raise ValueError(batch.message)
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A ValueError on its way from a loader process, which PyTorch would hand over as a traceback, at times in another
+    type."""
+
+    message: str
+
+
+class _Answering(Dataset):
+    """A dataset that answers with a `_Failure` where it would raise ValueError."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self._dataset[key]
+        except ValueError as error:
+            return _Failure(str(error))
+
+
+def _collated(samples: Sequence[Any], *, collate: Callable[[Sequence[Any]], Any]) -> Any:
+    for sample in samples:
+        if isinstance(sample, _Failure):
+            return sample
+    try:
+        return collate(samples)
+    except ValueError as error:
+        return _Failure(str(error))
 
 
 def _ignore_signals(worker: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from trellis.config import TrainerArgs
 from trellis.datasets.sparse_sdf import collate, count_true
 from trellis.models.autoencoders.pass_head import Head
 from trellis.modules.quantizers import JointRows
+from trellis.trainers.loader import read_batches
 from trellis.trainers.memory import MemoryLimit, too_large
 from trellis.trainers.sampler import ResumableSampler
 from trellis.trainers.vae.codebook_usage import CodebookUsage, perplexity
@@ -167,10 +168,11 @@ class SparseSDFVQVAEObjective:
             rows = rows + self.args.lambda_vq * vq
         return {"loss_rows": rows, "logged_rows": torch.stack([*errors, vq, commitment], 1).detach()}
 
-    def prepare(self, model: Any, dataset: Any, sampler: ResumableSampler) -> None:
+    def prepare(self, model: Any, dataset: Any, sampler: ResumableSampler, workers: int) -> None:
         """Before the first step: a fresh codebook starts from k-means over the first shapes of the stream.
 
-        Ranks take consecutive parts of the stream, so that the rows and the codebook are those of a single rank.
+        Ranks take consecutive parts of the stream, so that the rows and the codebook are those of a single rank. Up to
+        `workers` processes read the shapes.
         """
         if bool(self.quantizer.initialized):
             return
@@ -178,12 +180,8 @@ class SparseSDFVQVAEObjective:
         bounds = [count * r // sampler.world_size for r in (sampler.rank, sampler.rank + 1)]
         items = sampler.stream(*bounds)
         logger.info("initialising the codebook of %d codes from %d shapes", self.usage.counts.numel(), count)
-
-        def batches() -> Iterator[Batch]:
-            for item in items:
-                yield collate([dataset[item]])
-
-        model.initialize_codebook(batches(), self.args.seed)
+        batches = read_batches(dataset, [[item] for item in items], collate, min(workers, len(items)))
+        model.initialize_codebook(batches, self.args.seed)
 
     def _init_samples(self, dataset: Any, sampler: ResumableSampler) -> int:
         most = min(len(dataset), MAX_INIT_SAMPLES)
